@@ -1,0 +1,138 @@
+"""What the model asks of a device: operations (`Ops`) and paged attention (`Attention`), as small protocols.
+
+`reference` (plain torch) is the truth and fills both on the CPU; CUDA files fill them beside it. Attention is planned once a
+step on the host and run once a layer on the device. Shapes use: T tokens in the step, R rows, H query heads, K KV heads,
+D head size, P pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The page-major KV of one window: [page][layer][k/v][token][kv_head][head_dim], page stride fixed.
+
+    A page holds `page_size` tokens of all layers and never crosses a slab; `page_stride` (bytes) is page_bytes rounded up so
+    that a whole number of pages fills a slab exactly.
+    """
+
+    num_layers: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    pages_per_slab: int
+    page_stride: int
+
+    @property
+    def page_bytes(self) -> int:
+        return self.num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.pages_per_slab * self.page_stride
+
+    @classmethod
+    def fit(
+        cls,
+        *,
+        num_layers: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        granularity: int,
+        slab_bytes: int,
+    ) -> KVLayout:
+        """The layout with slabs of about `slab_bytes` (a multiple of `granularity` bytes) that wastes the least memory.
+
+        Slabs from slab_bytes up to four times that are tried; ties go to the smaller slab.
+        """
+        page = num_layers * 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
+        align = 256  # bytes; keeps every page aligned for vector and bulk-copy access
+        smallest = -(-max(slab_bytes, page) // granularity) * granularity
+        best: tuple[float, int, int] | None = None
+        for size in range(smallest, 4 * smallest + 1, granularity):
+            for pages in range(size // page, max(0, size // page - 16), -1):
+                if size % pages or (size // pages) % align:
+                    continue
+                waste = 1.0 - pages * page / size
+                if best is None or waste < best[0] - 0.01:
+                    best = (waste, size, pages)
+                break
+        assert best is not None, "one page per slab always fits"
+        _, size, pages = best
+        return cls(num_layers, page_size, num_kv_heads, head_dim, dtype, pages, size // pages)
+
+    def view(self, window: torch.Tensor, num_pages: int) -> torch.Tensor:
+        """The window's bytes (uint8, 1-D) as [P, num_layers, 2, page_size, K, D] without a copy."""
+        shape = (num_pages, self.num_layers, 2, self.page_size, self.num_kv_heads, self.head_dim)
+        item = self.dtype.itemsize
+        token = self.num_kv_heads * self.head_dim
+        plane = self.page_size * token
+        stride = (self.page_stride // item, 2 * plane, plane, token, self.head_dim, 1)
+        return window.view(self.dtype).as_strided(shape, stride)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMeta:
+    """Host-side shape of one step, as plain integers: what `Attention.plan` needs.
+
+    Row r computes tokens starts[r] .. starts[r] + counts[r] - 1 of its sequence; they lie at offsets[r] .. of the flat
+    token dimension. `tables[r]` is its page table.
+    """
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    offsets: tuple[int, ...]
+    tables: tuple[Any, ...]  # Sequence[int] per row
+
+
+class Attention(Protocol):
+    """Paged causal attention over page-major KV."""
+
+    def plan(self, meta: BatchMeta) -> Any:
+        """Host work of a step: copies tables to the device, splits the work. The handle is good until the next plan."""
+        ...
+
+    def run(
+        self, handle: Any, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """Write k, v ([T, K, D], rotated already) into the pages of `layer`, then attend.
+
+        q is [T, H, D]; returns [T, H * D]. With `window` w a token sees itself and the w - 1 tokens before it.
+        """
+        ...
+
+
+class Ops(Protocol):
+    """Everything of a decoder that is not attention. All take and return [T, ...] tensors of the model's dtype."""
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        """Prepare a weight [out, in] once, in whatever layout the device likes best."""
+        ...
+
+    def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor: ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual)."""
+        ...
+
+    def rotary(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate q [T, H, D] and k [T, K, D] by cos, sin [T, D / 2] (half-split pairs: i with i + D / 2)."""
+        ...
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(x[:, :F]) * x[:, F:] for x [T, 2F]."""
+        ...
