@@ -220,6 +220,73 @@ class TokenOut:
     num_preemptions: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """New output of one choice since the last delta. A slow reader gets several merged into one."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, if the request asked for logprobs
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop id that ended the choice
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One finished output of a request."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished request: `n` choices in order of their index."""
+
+    id: str
+    model: str
+    tenant: Tenant
+    prompt_tokens: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    usage: Usage
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A served model as clients see it."""
+
+    id: str
+    aliases: tuple[str, ...]
+    tenant: Tenant  # who runs it when a request does not say
+    max_model_len: int
+    vocab_size: int
+    created: int  # unix seconds
+
+
 def split_by_tenant(requests: Sequence[Request]) -> dict[Tenant, list[Request]]:
     """Requests grouped by tenant, order kept."""
     groups: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}

@@ -82,19 +82,26 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """Runs steps of one model. One caller, one step at a time."""
+    """Runs steps of one model. One caller, one step at a time.
+
+    `launch` and `resume` start a step and may return before the device is done; `collect` waits for it.
+    """
 
     @property
     def num_layers(self) -> int: ...
 
-    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> StepResult:
-        """Run the plan to its end, or to the layer boundary at which `stop` says so."""
+    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> Any:
+        """Start the plan. It runs to its end, or to the layer boundary at which `stop` says so. Returns a handle."""
         ...
 
     def resume(
         self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None
-    ) -> StepResult:
+    ) -> Any:
         """Go on from a checkpoint without the rows of the requests in `dropped`, whose pages may be somebody else's now."""
+        ...
+
+    def collect(self, in_flight: Any) -> StepResult:
+        """Wait for a launched step and return what came of it."""
         ...
 
     def close(self) -> None: ...
