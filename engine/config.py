@@ -1,0 +1,160 @@
+"""Every knob of the engine: one frozen dataclass, its command-line flags made from the same fields, and the environment.
+
+The only file that reads environment variables. A field's help text is its documentation; the flag is the field's name with
+dashes. Nothing here touches a device: what "auto" means is decided in `engine.build`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import InvalidConfig
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def cache_dir() -> Path:
+    """Where Sluice keeps what it can make again: $SLUICE_CACHE, else $XDG_CACHE_HOME/sluice, else ~/.cache/sluice."""
+    if explicit := os.environ.get("SLUICE_CACHE"):
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "sluice"
+
+
+def parse_bytes(text: str) -> int:
+    """'2GiB', '512M', '1e9' or plain digits -> bytes."""
+    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    try:
+        assert match is not None
+        value = int(float(match[1]) * _UNITS[match[2].lower()])
+    except (AssertionError, ValueError, KeyError, OverflowError):
+        raise InvalidConfig(f"cannot read {text!r} as a size; write for example 2GiB or 512MiB") from None
+    return value
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    low: float | None = None,
+) -> Any:
+    """A documented field: default, help text and how its flag is read."""
+    return field(default=default, metadata={"help": help, "choices": choices, "parse": parse, "low": low})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine is set up. Defaults suit the demo model on a CPU."""
+
+    model: str = knob("demo", "folder of a safetensors checkpoint, or 'demo' for the built-in demo model")
+    served_model_name: tuple[str, ...] = knob((), "names clients may use for the model (default: the folder's name)")
+    offline_model: str | None = knob(None, "a second model, run in a process of its own, for the offline tenant only")
+    offline_served_model_name: str | None = knob(None, "name of the offline model (default: its folder's name)")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob(
+        "auto",
+        "number format of weights and KV; auto is float32 on a CPU and the checkpoint's own elsewhere",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    load_format: str = knob(
+        "auto", "'dummy' fills the model with random weights instead of reading them", choices=("auto", "dummy")
+    )
+    max_model_len: int | None = knob(None, "longest prompt plus output in tokens (default: the model's)", low=1)
+    max_num_seqs: int = knob(64, "most requests running at once", low=1)
+    max_num_batched_tokens: int = knob(512, "most tokens computed in one step", low=1)
+    max_num_queued_reqs: int = knob(1024, "most online requests waiting before new ones are refused", low=1)
+    kv_cache_memory: int | None = knob(
+        None, "KV memory in bytes, e.g. 2GiB (default: room for what can run at once, within free memory)",
+        parse=parse_bytes, low=1,
+    )  # fmt: skip
+    page_size: int = knob(16, "tokens in a KV page", low=1)
+    slab_size: int = knob(2 * 2**20, "bytes of KV memory that change hands between tenants at once", parse=parse_bytes)
+    enable_prefix_caching: bool = knob(True, "keep the KV of finished requests for prompts that start the same")
+    online_cache_share: float = knob(0.5, "part of the KV memory whose online prefixes offline work may never evict")
+    policy: str = knob("online-first", "scheduling policy", choices=("online-first", "fcfs"))
+    threads: int | None = knob(None, "compute threads on a CPU (default: one per core)", low=1)
+    seed: int = knob(0, "seed of the engine's own random choices")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            low, value = spec.metadata.get("low"), getattr(self, spec.name)
+            if low is not None and value is not None and value < low:
+                raise InvalidConfig(f"--{spec.name.replace('_', '-')} must be at least {low:g}, got {value}")
+            choices = spec.metadata.get("choices")
+            if choices and value not in choices:
+                raise InvalidConfig(f"--{spec.name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
+        if not 0.0 <= self.online_cache_share <= 1.0:
+            raise InvalidConfig(f"--online-cache-share must be between 0 and 1, got {self.online_cache_share}")
+
+    def with_options(self, **overrides: Any) -> EngineConfig:
+        """A copy with some fields changed; an unknown name is an InvalidConfig with the nearest known one."""
+        known = {spec.name for spec in fields(self)}
+        for name in overrides:
+            if name not in known:
+                raise InvalidConfig(unknown_option(name, known))
+        if isinstance(names := overrides.get("served_model_name"), str):
+            overrides["served_model_name"] = (names,)
+        return replace(self, **overrides)
+
+
+def unknown_option(name: str, known: set[str]) -> str:
+    """'unknown option x; did you mean y?'"""
+    import difflib
+
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of EngineConfig. Defaults stay out of the namespace, so a config file can come between."""
+    group = parser.add_argument_group("engine")
+    for spec in fields(EngineConfig):
+        flag = "--" + spec.name.replace("_", "-")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": spec.name}
+        shown = "" if spec.default in (None, ()) else f" (default: {spec.default})"
+        options["help"] = (spec.metadata["help"] + shown).replace("%", "%%")
+        if isinstance(spec.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            continue
+        if spec.name == "served_model_name":
+            options["nargs"] = "+"
+        options["type"] = _reader(spec.name, spec.default, spec.metadata["parse"])
+        options["metavar"] = spec.name.upper()
+        if spec.metadata["choices"]:
+            options.update(choices=spec.metadata["choices"], metavar="{" + ",".join(spec.metadata["choices"]) + "}")
+        group.add_argument(flag, **options)
+
+
+def _reader(name: str, default: Any, parse: Callable[[str], Any] | None) -> Callable[[str], Any]:
+    if parse is not None:
+
+        def read(text: str) -> Any:
+            try:
+                return parse(text)
+            except InvalidConfig as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        return read
+    if name in ("max_model_len", "threads"):
+        return int
+    return str if default is None or isinstance(default, tuple) else type(default)
+
+
+def config_from_args(args: argparse.Namespace, base: Mapping[str, Any] | None = None) -> EngineConfig:
+    """The config from parsed flags over `base` (say, a config file's entries) over the defaults."""
+    names = {spec.name for spec in fields(EngineConfig)}
+    given = {**(base or {}), **{key: value for key, value in vars(args).items() if key in names}}
+    for spec in fields(EngineConfig):
+        if isinstance(value := given.get(spec.name), list):
+            given[spec.name] = tuple(value)
+        elif isinstance(value, str) and spec.metadata["parse"] is not None:
+            given[spec.name] = spec.metadata["parse"](value)
+    return EngineConfig().with_options(**given)
