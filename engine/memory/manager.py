@@ -1,0 +1,167 @@
+"""KVManager: the page tables of all requests, as all-or-nothing transactions over the pool and the prefix cache.
+
+The only writer of `Request.pages` and `Request.page_hashes`. Losing pages is a normal event: `remove_slab` names the requests
+that lost KV, and preemption, abort and finish all end in `release`. No torch: the bytes live in a window elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.memory.pages import PagePool, PageState
+from engine.memory.prefix import PrefixCache, chain_root, extend_chain
+from engine.types import Request, Tenant
+
+
+class KVManager:
+    """Page tables over `pool`.
+
+    `protected` is the number of cached online pages that offline work may never evict; whatever exceeds it, and all of
+    offline's own cache, is up for eviction by anybody.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, *, prefix_caching: bool = True, protected: int = 0) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.prefix_caching = prefix_caching
+        self.protected = protected
+        self._cache = PrefixCache()
+        self._holders: dict[str, Request] = {}
+        self._committed: dict[str, int] = {}  # full pages of a request offered to the prefix cache already
+        self.prefix_queries = dict.fromkeys(Tenant, 0)  # tokens looked up
+        self.prefix_hits = dict.fromkeys(Tenant, 0)  # tokens found
+
+    # -- questions
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def evictable(self, tenant: Tenant) -> int:
+        """Cached pages that an allocation for this tenant may evict."""
+        online = self._cache.num_idle(Tenant.ONLINE)
+        if tenant is Tenant.OFFLINE:
+            online = max(0, online - self.protected)
+        return self._cache.num_idle(Tenant.OFFLINE) + online
+
+    def available(self, tenant: Tenant) -> int:
+        """Pages that can be allocated for this tenant without taking any from a request."""
+        return self.pool.num_free + self.evictable(tenant)
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """Pages that hold the beginning of the request's tokens already. At least one token is left to compute."""
+        if not self.prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        full = (len(request.tokens) - 1) // self.page_size
+        extend_chain(request.page_hashes, self._root(request), request.tokens, self.page_size, full)
+        return self._cache.match(request.page_hashes[:full])
+
+    # -- transactions
+
+    def admit(self, request: Request, num_tokens: int, prefix: list[int]) -> bool:
+        """Give a request without pages its cached prefix and new pages, for `num_tokens` tokens in all; or do nothing."""
+        assert not request.pages, request.id
+        need = self.pages_for(num_tokens) - len(prefix)
+        idle = sum(self.pool.state(page) is PageState.CACHED for page in prefix)
+        # The prefix's own idle pages cannot be evicted to make room for the rest.
+        if need > self.available(request.tenant) - idle:
+            return False
+        for page in prefix:
+            self._cache.busy(page, self._tenant(page))
+            self.pool.share(page)
+        request.pages = prefix + self._take(need, request.tenant)
+        self._holders[request.id] = request
+        self._committed[request.id] = len(prefix)
+        if self.prefix_caching:
+            self.prefix_queries[request.tenant] += len(request.tokens)
+            self.prefix_hits[request.tenant] += len(prefix) * self.page_size
+        return True
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Make the page table cover `num_tokens` tokens; or do nothing."""
+        need = self.pages_for(num_tokens) - len(request.pages)
+        if need <= 0:
+            return True
+        if need > self.available(request.tenant):
+            return False
+        request.pages.extend(self._take(need, request.tenant))
+        return True
+
+    def commit(self, request: Request) -> None:
+        """The KV of request.num_computed tokens is in its pages: offer the pages that became full to the cache."""
+        full = request.num_computed // self.page_size
+        done = self._committed[request.id]
+        if not self.prefix_caching or full <= done:
+            return
+        extend_chain(request.page_hashes, self._root(request), request.tokens, self.page_size, full)
+        for index in range(done, full):
+            self._cache.publish(request.page_hashes[index], request.pages[index])
+        self._committed[request.id] = full
+
+    def release(self, request: Request) -> None:
+        """Take all pages from the request. Pages the cache knows stay cached, the end of the sequence first to go."""
+        if self._holders.pop(request.id, None) is None:
+            return
+        del self._committed[request.id]
+        pages, request.pages = request.pages, []
+        for page in reversed(pages):
+            if self.pool.state(page) is not PageState.USED:
+                continue  # its slab left while the request held it
+            tenant, keep = self._tenant(page), self._cache.known(page)
+            if self.pool.release(page, keep=keep) and keep:
+                self._cache.idle(page, tenant)
+
+    # -- slabs
+
+    def add_slab(self, slab: int) -> None:
+        self.pool.add_slab(slab)
+
+    def remove_slab(self, slab: int) -> list[Request]:
+        """The slab is gone. Returns the requests that lost pages; they still hold the rest until released."""
+        tenants = {page: self.pool.tenant(page) for page in self.pool.slab_pages(slab)}
+        lost = set(self.pool.remove_slab(slab))
+        for page in lost:
+            self._cache.forget(page, tenants[page])
+        if not lost:
+            return []
+        return [request for request in self._holders.values() if not lost.isdisjoint(request.pages)]
+
+    def holders(self) -> Iterable[Request]:
+        return self._holders.values()
+
+    # -- inside
+
+    def _root(self, request: Request) -> bytes:
+        return chain_root(request.tenant, request.cache_salt)
+
+    def _tenant(self, page: int) -> Tenant:
+        tenant = self.pool.tenant(page)
+        assert tenant is not None, page
+        return tenant
+
+    def _take(self, count: int, tenant: Tenant) -> list[int]:
+        while self.pool.num_free < count:
+            self._evict_one()
+        return self.pool.allocate(count, tenant)
+
+    def _evict_one(self) -> None:
+        """Offline's cache goes first; online's own oldest prefixes after it."""
+        owner = Tenant.OFFLINE if self._cache.num_idle(Tenant.OFFLINE) else Tenant.ONLINE
+        page = self._cache.oldest(owner)
+        assert page is not None, "the caller checked available()"
+        self._cache.forget(page, owner)
+        self.pool.evict(page)
+
+    def check(self) -> None:
+        """Raise AssertionError unless page tables, pool and cache agree. For tests and the idle engine."""
+        self.pool.check()
+        self._cache.check()
+        refs: dict[int, int] = {}
+        for request in self._holders.values():
+            assert len(set(request.pages)) == len(request.pages), request.id
+            for page in request.pages:
+                refs[page] = refs.get(page, 0) + 1
+        for page in range(self.pool.num_slabs * self.pool.pages_per_slab):
+            if self.pool.state(page) is not PageState.ABSENT:
+                assert self.pool.refs(page) == refs.get(page, 0), page
+        idle = sum(self._cache.num_idle(tenant) for tenant in Tenant)
+        assert idle == self.pool.num_cached, (idle, self.pool.num_cached)

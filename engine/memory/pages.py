@@ -1,0 +1,178 @@
+"""PagePool: which page of KV memory is free, in use, cached or not here at all. Integers only; owns no request and no byte.
+
+Pages are grouped in slabs, the unit that changes hands between tenants. A pool starts with some slabs present and can gain
+and lose slabs at any time. Allocation fills the lowest slab that has room, so that whole slabs stay free to be given away.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from enum import IntEnum
+
+from engine.types import Tenant
+
+
+class PageState(IntEnum):
+    ABSENT = 0  # its slab is not this pool's
+    FREE = 1
+    USED = 2  # referenced by at least one request
+    CACHED = 3  # referenced by nobody, kept for its contents
+
+
+class PagePool:
+    """State, reference count and tenant of each page id in [0, num_slabs * pages_per_slab)."""
+
+    def __init__(self, num_slabs: int, pages_per_slab: int, present: Iterable[int] | None = None) -> None:
+        self.num_slabs = num_slabs
+        self.pages_per_slab = pages_per_slab
+        size = num_slabs * pages_per_slab
+        self._state = bytearray(size)
+        self._refs = [0] * size
+        self._tenant: list[Tenant | None] = [None] * size
+        self._free: list[list[int]] = [[] for _ in range(num_slabs)]
+        self._open: list[int] = []  # heap of slabs that may have free pages; cleaned lazily
+        self._counts = dict.fromkeys(PageState, 0)
+        self._counts[PageState.ABSENT] = size
+        self._used = dict.fromkeys(Tenant, 0)
+        self.num_shared = 0  # pages referenced more than once
+        for slab in range(num_slabs) if present is None else present:
+            self.add_slab(slab)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages here, whatever their state."""
+        return len(self._state) - self._counts[PageState.ABSENT]
+
+    @property
+    def num_free(self) -> int:
+        return self._counts[PageState.FREE]
+
+    @property
+    def num_cached(self) -> int:
+        return self._counts[PageState.CACHED]
+
+    def num_used(self, tenant: Tenant | None = None) -> int:
+        return self._counts[PageState.USED] if tenant is None else self._used[tenant]
+
+    def state(self, page: int) -> PageState:
+        return PageState(self._state[page])
+
+    def refs(self, page: int) -> int:
+        return self._refs[page]
+
+    def tenant(self, page: int) -> Tenant | None:
+        return self._tenant[page]
+
+    def slab_pages(self, slab: int) -> range:
+        return range(slab * self.pages_per_slab, (slab + 1) * self.pages_per_slab)
+
+    def _move(self, page: int, state: PageState) -> None:
+        self._counts[PageState(self._state[page])] -= 1
+        self._counts[state] += 1
+        self._state[page] = state
+
+    def allocate(self, count: int, tenant: Tenant) -> list[int]:
+        """`count` free pages, each with one reference. The caller has checked num_free."""
+        assert count <= self.num_free, (count, self.num_free)
+        pages: list[int] = []
+        while len(pages) < count:
+            slab = self._open[0]
+            stack = self._free[slab]
+            if not stack:
+                heapq.heappop(self._open)
+                continue
+            page = stack.pop()
+            self._move(page, PageState.USED)
+            self._refs[page] = 1
+            self._tenant[page] = tenant
+            pages.append(page)
+        self._used[tenant] += count
+        return pages
+
+    def share(self, page: int) -> None:
+        """One more reference to a used or cached page."""
+        if self._state[page] == PageState.CACHED:
+            self._move(page, PageState.USED)
+            self._used[self._owner(page)] += 1
+        assert self._state[page] == PageState.USED, page
+        self._refs[page] += 1
+        self.num_shared += self._refs[page] == 2
+
+    def release(self, page: int, *, keep: bool) -> bool:
+        """Drop one reference. With the last one the page becomes cached (`keep`) or free. True if it was the last."""
+        assert self._state[page] == PageState.USED, page
+        self._refs[page] -= 1
+        self.num_shared -= self._refs[page] == 1
+        if self._refs[page]:
+            return False
+        self._used[self._owner(page)] -= 1
+        if keep:
+            self._move(page, PageState.CACHED)
+        else:
+            self._to_free(page)
+        return True
+
+    def evict(self, page: int) -> None:
+        """A cached page becomes free."""
+        assert self._state[page] == PageState.CACHED, page
+        self._to_free(page)
+
+    def add_slab(self, slab: int) -> None:
+        """The slab's pages are this pool's now, all free."""
+        for page in reversed(self.slab_pages(slab)):
+            assert self._state[page] == PageState.ABSENT, page
+            self._to_free(page)
+
+    def remove_slab(self, slab: int) -> list[int]:
+        """The slab is gone, whatever its pages held. Returns the pages that were used or cached."""
+        lost: list[int] = []
+        for page in self.slab_pages(slab):
+            state = self._state[page]
+            assert state != PageState.ABSENT, page
+            if state != PageState.FREE:
+                lost.append(page)
+            if state == PageState.USED:
+                self._used[self._owner(page)] -= 1
+                self.num_shared -= self._refs[page] > 1
+            self._refs[page] = 0
+            self._tenant[page] = None
+            self._move(page, PageState.ABSENT)
+        self._free[slab].clear()
+        return lost
+
+    def free_slabs(self) -> list[int]:
+        """Slabs that are here and hold nothing."""
+        return [slab for slab, stack in enumerate(self._free) if len(stack) == self.pages_per_slab]
+
+    def _owner(self, page: int) -> Tenant:
+        tenant = self._tenant[page]
+        assert tenant is not None, page
+        return tenant
+
+    def _to_free(self, page: int) -> None:
+        self._move(page, PageState.FREE)
+        self._tenant[page] = None
+        slab = page // self.pages_per_slab
+        if not self._free[slab]:
+            heapq.heappush(self._open, slab)
+        self._free[slab].append(page)
+
+    def check(self) -> None:
+        """Raise AssertionError unless the bookkeeping is whole. For tests and the idle engine."""
+        counts = dict.fromkeys(PageState, 0)
+        used = dict.fromkeys(Tenant, 0)
+        for page, value in enumerate(self._state):
+            state = PageState(value)
+            counts[state] += 1
+            assert (self._refs[page] > 0) == (state == PageState.USED), (page, state, self._refs[page])
+            assert (self._tenant[page] is None) == (state in (PageState.ABSENT, PageState.FREE)), page
+            if state == PageState.USED:
+                used[self._owner(page)] += 1
+        assert counts == self._counts, (counts, self._counts)
+        assert used == self._used, (used, self._used)
+        assert self.num_shared == sum(refs > 1 for refs in self._refs)
+        free = [page for stack in self._free for page in stack]
+        assert len(free) == len(set(free)) == counts[PageState.FREE]
+        assert all(self._state[page] == PageState.FREE for page in free)
+        assert all(slab in self._open for slab, stack in enumerate(self._free) if stack)

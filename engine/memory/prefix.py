@@ -1,0 +1,82 @@
+"""PrefixCache: finds pages that already hold the KV of a prompt's beginning, and says which cached page to evict first.
+
+A full page is known by the chained hash of all tokens up to its end. The chain starts from the tenant and the request's salt,
+so tenants, and callers with different salts, never see each other's prefixes. Owns the index and the eviction order; page
+states stay with PagePool.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from engine.types import Tenant
+
+
+def chain_root(tenant: Tenant, salt: str) -> bytes:
+    """The hash that a chain starts from."""
+    return blake2b(f"{tenant.value}\0{salt}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def extend_chain(chain: list[bytes], root: bytes, tokens: Sequence[int], page_size: int, num_pages: int) -> None:
+    """Append the hashes of full pages until the chain covers `num_pages` pages of `tokens`."""
+    while len(chain) < num_pages:
+        begin = len(chain) * page_size
+        block = array("q", tokens[begin : begin + page_size])
+        assert len(block) == page_size
+        chain.append(blake2b(block.tobytes(), key=chain[-1] if chain else root, digest_size=16).digest())
+
+
+class PrefixCache:
+    """Index from page hash to page, and one least-recently-used order of unreferenced pages per tenant."""
+
+    def __init__(self) -> None:
+        self._page_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._idle: dict[Tenant, OrderedDict[int, None]] = {tenant: OrderedDict() for tenant in Tenant}
+
+    def match(self, chain: Sequence[bytes]) -> list[int]:
+        """Pages of the longest cached prefix of the chain."""
+        pages: list[int] = []
+        for digest in chain:
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def publish(self, digest: bytes, page: int) -> None:
+        """The page holds what the digest says. The first page to say so is the one that is found."""
+        if digest not in self._page_of and page not in self._hash_of:
+            self._page_of[digest] = page
+            self._hash_of[page] = digest
+
+    def known(self, page: int) -> bool:
+        return page in self._hash_of
+
+    def forget(self, page: int, tenant: Tenant | None) -> None:
+        """The page's contents are gone."""
+        if (digest := self._hash_of.pop(page, None)) is not None:
+            del self._page_of[digest]
+        if tenant is not None:
+            self._idle[tenant].pop(page, None)
+
+    def idle(self, page: int, tenant: Tenant) -> None:
+        """Nobody references the page any more; it is evicted after those that went idle before it."""
+        self._idle[tenant][page] = None
+
+    def busy(self, page: int, tenant: Tenant) -> None:
+        self._idle[tenant].pop(page, None)
+
+    def num_idle(self, tenant: Tenant) -> int:
+        return len(self._idle[tenant])
+
+    def oldest(self, tenant: Tenant) -> int | None:
+        return next(iter(self._idle[tenant]), None)
+
+    def check(self) -> None:
+        assert len(self._page_of) == len(self._hash_of)
+        assert all(self._page_of[digest] == page for page, digest in self._hash_of.items())
+        assert all(page in self._hash_of for order in self._idle.values() for page in order)
