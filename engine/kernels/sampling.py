@@ -1,0 +1,221 @@
+"""From logits to tokens: penalties, filters, the draw, and log-probabilities.
+
+Order of operations, as in vLLM: suppressed ids, logit bias, penalties (repetition over the whole sequence; frequency and
+presence over the output), temperature, min_p, top_k, top_p, draw. Log-probabilities are those of the raw logits, before
+all of it.
+
+A draw spends one uniform number: the token is the inverse of the cumulative distribution over the surviving ids in
+ascending order of id. Rows are treated one by one, so nothing that happens to one depends on its batch mates; only what
+needs no parameters at all (the likeliest token of each row) is done for the batch at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.types import SamplingParams, TokenLogprob
+
+LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON has no word for
+_CANDIDATES = 256  # largest weights looked at before top_p falls back to sorting the vocabulary
+_BLOCK = 256  # ids summed together in the first stage of a draw
+
+
+class SampledRow(Protocol):
+    """What sampling reads of a row; `sched.plan.PlanRow` is one."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def num_prompt(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def params(self) -> SamplingParams: ...
+
+    @property
+    def uniform(self) -> float: ...
+
+    @property
+    def suppress(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The outcome of one row: exactly one of token and error."""
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcomes of a batch, still on the device for rows that need nothing but their likeliest token."""
+
+    best: torch.Tensor  # [S] float32: the largest logit; not finite where the logits are unusable
+    likeliest: torch.Tensor  # [S] int64: its id, the lowest of equals
+    chosen: dict[int, Sample]  # by place in the batch: the rows that asked for more
+
+    def collect(self) -> list[Sample]:
+        """One outcome per row. Waits for the device."""
+        outcomes = zip(self.best.tolist(), self.likeliest.tolist(), strict=True)
+        return [self._outcome(place, best, token) for place, (best, token) in enumerate(outcomes)]
+
+    def _outcome(self, place: int, best: float, token: int) -> Sample:
+        if not math.isfinite(best):
+            return Sample(error="the model's logits are not finite")
+        return self.chosen.get(place) or Sample(token)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> Sampled:
+    """Choose the next token of each row. `logits` is float32 [S, vocab] for the S rows and is left unchanged.
+
+    A row whose logits hold a not-a-number or plus infinity, or nothing above minus infinity, yields an error instead.
+    """
+    best, likeliest = logits.max(dim=-1)  # the first of equals; not-a-number wins over all numbers
+    chosen = {
+        place: _choose(logits[place], row)
+        for place, row in enumerate(rows)
+        if not takes_likeliest(row) and math.isfinite(best[place])
+    }
+    return Sampled(best, likeliest, chosen)
+
+
+def takes_likeliest(row: SampledRow) -> bool:
+    """True if all the row needs is the argmax of its raw logits."""
+    params = row.params
+    return params.greedy and params.logprobs is None and not _is_adjusted(row)
+
+
+def _is_adjusted(row: SampledRow) -> bool:
+    params = row.params
+    penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+    return bool(row.suppress or params.logit_bias) or penalties != (1.0, 0.0, 0.0)
+
+
+def _choose(logits: torch.Tensor, row: SampledRow) -> Sample:
+    """The outcome of one row; `logits` is [vocab]."""
+    token = _token(adjusted(logits, row) if _is_adjusted(row) else logits, row)
+    if token is None:
+        return Sample(error="no token may be sampled: all are suppressed")
+    if row.params.logprobs is None:
+        return Sample(token)
+    return Sample(token, token_logprobs(logits[None], [token], row.params.logprobs)[0])
+
+
+def _token(logits: torch.Tensor, row: SampledRow) -> int | None:
+    best, token = logits.max(dim=-1)
+    if not math.isfinite(best):
+        return None
+    if row.params.greedy:
+        return int(token)
+    # Subtracting the largest first keeps every temperature, however small, from overflowing.
+    ids, scaled = survivors((logits - best) / row.params.temperature, row.params)
+    place = draw(scaled, row.uniform)
+    return place if ids is None else int(ids[place])
+
+
+def adjusted(logits: torch.Tensor, row: SampledRow) -> torch.Tensor:
+    """A copy of one row's logits [vocab] with suppressed ids, bias and penalties applied."""
+    logits, params = logits.clone(), row.params
+    device = logits.device
+    if row.suppress:
+        logits[torch.tensor(row.suppress, device=device)] = -torch.inf
+    if params.logit_bias:
+        ids, bias = zip(*params.logit_bias, strict=True)
+        logits.index_add_(0, torch.tensor(ids, device=device), torch.tensor(bias, device=device))
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(row.tokens[: row.end], device=device).unique()
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+        output = torch.tensor(row.tokens[row.num_prompt : row.end], dtype=torch.int64, device=device)
+        used, times = output.unique(return_counts=True)
+        logits[used] -= params.frequency_penalty * times + params.presence_penalty
+    return logits
+
+
+def survivors(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The ids that min_p, top_k and top_p leave, ascending, with their logits; None stands for the whole vocabulary.
+
+    `scaled` is [vocab] with the largest value 0, already divided by the temperature. top_k keeps ties of the k-th value.
+    """
+    floor = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+    if 0 < params.top_k < scaled.shape[0]:
+        floor = max(floor, float(scaled.topk(params.top_k).values[-1]))
+    ids = None
+    if floor > -math.inf:
+        ids = (scaled >= floor).nonzero().squeeze(-1)
+        scaled = scaled[ids]
+    if params.top_p < 1.0:
+        places = nucleus(scaled.exp(), params.top_p)
+        ids = places if ids is None else ids[places]
+        scaled = scaled[places]
+    return ids, scaled
+
+
+def nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Places, ascending, of the fewest largest weights whose sum reaches top_p of the total; the lower of equals first."""
+    wanted = top_p * float(weights.sum(dtype=torch.float64))
+    size = weights.shape[0]
+    for width in (min(_CANDIDATES, size), size):  # a few nearly always do, and sorting a vocabulary is slow
+        largest = weights.topk(width).values
+        sums = largest.cumsum(0, dtype=torch.float64)
+        count = 1 + int((sums[:-1] < wanted).sum())
+        if count < width:
+            break
+    least = largest[count - 1]
+    above = (weights > least).nonzero().squeeze(-1)
+    equal = (weights == least).nonzero().squeeze(-1)
+    return torch.cat((above, equal[: count - above.shape[0]])).sort().values
+
+
+def draw(scaled: torch.Tensor, uniform: float) -> int:
+    """The place whose share of the distribution softmax(scaled) holds `uniform`; a place of no probability never comes.
+
+    In two stages, blocks of ids and then the ids of one block, because a running sum over a vocabulary is slow.
+    """
+    weights = scaled.exp()
+    size = weights.shape[0]
+    whole = size - size % _BLOCK
+    sums = torch.cat((weights[:whole].view(-1, _BLOCK).sum(-1, dtype=torch.float64), weights[whole:].sum(0, True).double()))
+    block, rest = _place(sums, uniform * float(sums.sum()))
+    place, _ = _place(weights[block * _BLOCK : (block + 1) * _BLOCK].double(), rest)
+    return block * _BLOCK + place
+
+
+def _place(weights: torch.Tensor, target: float) -> tuple[int, float]:
+    """The first place whose running sum exceeds `target` and what of the target is left at its start."""
+    sums = weights.cumsum(0)
+    # A target rounded up to the very end belongs to the last place that has weight.
+    place = min(int(torch.searchsorted(sums, target, right=True)), int(weights.nonzero()[-1]))
+    return place, target - (float(sums[place - 1]) if place else 0.0)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Raw log-probabilities of `tokens` under float32 logits [N, vocab], each with its rank and `top` alternatives.
+
+    The rank is 1 plus the number of likelier tokens. Minus infinity becomes LOGPROB_FLOOR.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(dim=-1) + 1
+    values, ids = logprobs.topk(top, dim=-1)
+    return [
+        TokenLogprob(token, _finite(value), rank, tuple((i, _finite(v)) for i, v in zip(*alternatives, strict=True)))
+        for token, value, rank, *alternatives in zip(
+            tokens, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > LOGPROB_FLOOR else LOGPROB_FLOOR  # not-a-number compares false, so it becomes the floor

@@ -1,0 +1,31 @@
+"""Which kernels serve a device: the one place that knows what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import InvalidConfig
+from engine.kernels.api import Attention, Ops
+from engine.kernels.reference import TorchAttention, TorchOps
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The kernels of one device. `attention` takes the KV as `KVLayout.view` gives it."""
+
+    name: str
+    device: torch.device
+    ops: Ops
+    attention: Callable[[torch.Tensor], Attention]
+
+
+def load_backend(device: str = "auto") -> Backend:
+    """The best kernels for `device` ("auto", "cpu" or "cuda"). Raises InvalidConfig, with the remedy, if it cannot serve."""
+    if device in ("auto", "cpu"):
+        return Backend("cpu", torch.device("cpu"), TorchOps(), TorchAttention)
+    if device == "cuda":
+        raise InvalidConfig("device 'cuda' is not available in this version of Sluice: use --device cpu")
+    raise InvalidConfig(f"device must be auto, cpu or cuda, got {device!r}")
