@@ -1,0 +1,70 @@
+"""From a plan to tensors: the flat token dimension of one step and where its rows lie in it.
+
+Owns the order of tokens in a step (rows in plan order, no padding). Knows nothing of models, devices' kernels or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.kernels.api import BatchMeta
+from engine.sched.plan import PlanRow, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step as tensors, T tokens in all."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    meta: BatchMeta
+    sampled: tuple[int, ...]  # indices into plan.rows of the rows that sample
+    sample_rows: torch.Tensor  # [S] int64: the token of each of them whose logits are wanted
+
+
+def build(plan: StepPlan, device: torch.device) -> Batch:
+    """The tensors of a plan. Raises ValueError for a row without tokens: a plan must not hold one."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    offsets: list[int] = []
+    for row in plan.rows:
+        offsets.append(len(token_ids))
+        token_ids.extend(row.tokens[row.start : row.end])
+        positions.extend(range(row.start, row.end))
+        if row.count < 1 or len(token_ids) != len(positions):
+            raise ValueError(f"request {row.request_id}: tokens {row.start}..{row.end} of {len(row.tokens)}")
+    rows = plan.rows
+    sampled = tuple(index for index, row in enumerate(rows) if row.sample)
+    return Batch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        meta=BatchMeta(
+            starts=tuple(row.start for row in rows),
+            counts=tuple(row.count for row in rows),
+            offsets=tuple(offsets),
+            tables=tuple(row.pages for row in rows),
+        ),
+        sampled=sampled,
+        sample_rows=torch.tensor([offsets[i] + rows[i].count - 1 for i in sampled], dtype=torch.int64, device=device),
+    )
+
+
+def without(plan: StepPlan, dropped: frozenset[str]) -> tuple[StepPlan, list[int]]:
+    """The plan without the rows of some requests, and the places of the tokens that stay in the old token dimension."""
+    kept: list[PlanRow] = []
+    places: list[int] = []
+    offset = 0
+    for row in plan.rows:
+        if row.request_id not in dropped:
+            kept.append(row)
+            places.extend(range(offset, offset + row.count))
+        offset += row.count
+    return replace(plan, rows=tuple(kept)), places
+
+
+def prompt_targets(row: PlanRow) -> Sequence[int]:
+    """The prompt tokens that this row's hidden states predict: positions start + 1 .. end within the prompt."""
+    return row.tokens[row.start + 1 : min(row.end + 1, row.num_prompt)]

@@ -1,0 +1,143 @@
+"""Steps of one model on one device: plan in, tokens out, perhaps with a pass parked between two layers.
+
+The runner keeps nothing between steps. All that a request needs comes in its `PlanRow`, its KV lies in the pages named
+there, and a parked pass is in its `Checkpoint`; so any step can be dropped, repeated or resumed elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine import forward
+from engine.clock import Clock, MonotonicClock
+from engine.kernels.api import KVLayout
+from engine.kernels.sampling import Sample, Sampled, sample, token_logprobs
+from engine.memory.window import Window
+from engine.model import Model
+from engine.sched.plan import Checkpoint, RowResult, StepPlan, StepResult, StopCondition
+from engine.types import TokenLogprob
+
+_LOGPROB_ROWS = 256  # prompt positions whose logits over the vocabulary exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """Activations between two layers, [T, hidden] each."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A launched step: either parked, or with samples to wait for."""
+
+    plan: StepPlan
+    seconds: float
+    checkpoint: Checkpoint | None = None
+    sampled: Sampled | None = None
+    prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] | None = None
+
+
+class ModelRunner:
+    """`sched.plan.Runner` for a model whose attention reads and writes the pages of `window`.
+
+    Exceptions of the device or its kernels come out of `launch`, `resume` and `collect` as they are.
+    """
+
+    def __init__(
+        self, model: Model, layout: KVLayout, window: Window, device: torch.device, clock: Clock | None = None
+    ) -> None:
+        self.layout = layout
+        self.window = window
+        self.device = device
+        self._model = model
+        self._clock = clock or MonotonicClock()
+
+    @property
+    def num_layers(self) -> int:
+        return self._model.num_layers
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> _InFlight:
+        started = self._clock.now()
+        batch = forward.build(plan, self.device)
+        parked = _Parked(self._model.embed(batch.token_ids), None)
+        return self._run(plan, batch, 0, parked, stop, started)
+
+    @torch.inference_mode()
+    def resume(
+        self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None
+    ) -> _InFlight:
+        started = self._clock.now()
+        plan, parked = checkpoint.plan, checkpoint.state
+        if dropped:
+            plan, places = forward.without(plan, dropped)
+            keep = torch.tensor(places, dtype=torch.int64, device=self.device)
+            residual = None if parked.residual is None else parked.residual[keep]
+            parked = _Parked(parked.hidden[keep], residual)
+        if not plan.rows:
+            return _InFlight(plan, 0.0)
+        return self._run(plan, forward.build(plan, self.device), checkpoint.layer, parked, stop, started)
+
+    def _run(
+        self, plan: StepPlan, batch: forward.Batch, layer: int, parked: _Parked, stop: StopCondition | None, started: float
+    ) -> _InFlight:
+        """Layers from `layer` to the end or to a stop. A resumed pass makes one layer of progress before it asks again."""
+        model = self._model
+        handle = model.plan(batch.meta)
+        rotation = model.rotation(batch.positions)
+        hidden, residual = parked.hidden, parked.residual
+        may_stop = stop if plan.preemptible else None
+        for index in range(layer, model.num_layers):
+            if index > layer and may_stop is not None and may_stop(index):
+                checkpoint = Checkpoint(plan, index, _Parked(hidden, residual))
+                return _InFlight(plan, self._clock.now() - started, checkpoint)
+            hidden, residual = model.layer(index, hidden, residual, rotation, handle)
+        sampled = self._sample(plan, batch, hidden, residual)
+        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, residual)
+        return _InFlight(plan, self._clock.now() - started, None, sampled, prompt_logprobs)
+
+    def _sample(
+        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> Sampled | None:
+        if not batch.sampled:
+            return None
+        logits = self._model.logits(hidden, residual, batch.sample_rows)
+        return sample(logits, [plan.rows[index] for index in batch.sampled])
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> dict[str, tuple[TokenLogprob, ...]]:
+        found = {}
+        for row, offset in zip(plan.rows, batch.meta.offsets, strict=True):
+            if row.params.prompt_logprobs is None:
+                continue
+            targets = forward.prompt_targets(row)
+            entries: list[TokenLogprob] = []
+            for first in range(0, len(targets), _LOGPROB_ROWS):
+                chunk = targets[first : first + _LOGPROB_ROWS]
+                places = torch.arange(offset + first, offset + first + len(chunk), device=self.device)
+                logits = self._model.logits(hidden, residual, places)
+                entries += token_logprobs(logits, chunk, row.params.prompt_logprobs)
+            found[row.request_id] = tuple(entries)
+        return found
+
+    @torch.inference_mode()
+    def collect(self, in_flight: _InFlight) -> StepResult:
+        started = self._clock.now()
+        if in_flight.checkpoint is not None:
+            return StepResult((), in_flight.seconds, in_flight.checkpoint)
+        samples = iter(in_flight.sampled.collect() if in_flight.sampled is not None else ())
+        prompt_logprobs = in_flight.prompt_logprobs or {}
+        rows = []
+        for row in in_flight.plan.rows:
+            outcome = next(samples) if row.sample else Sample()
+            entries = prompt_logprobs.get(row.request_id, ())
+            rows.append(RowResult(row.request_id, outcome.token, outcome.logprob, entries, outcome.error))
+        return StepResult(tuple(rows), in_flight.seconds + self._clock.now() - started)
+
+    def close(self) -> None:
+        self.window.close()
