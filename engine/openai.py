@@ -1,0 +1,252 @@
+"""The OpenAI API on top of an engine: calls submitted, answers made. Shared by server and batch jobs; no HTTP here.
+
+The way of a request is `calls.parse` (body to `Call`), `submit` (`Call` to a `Job` of running generations), then either
+`finish` (the whole body) or the job's `chunks()` (a stream). `answer` is all of it for one unary request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine import replies
+from engine.calls import CHAT, COMPLETIONS, Call, decode, parse, unsupported
+from engine.errors import (
+    ContextTooLong,
+    EngineDead,
+    InvalidRequest,
+    Overloaded,
+    RequestFailed,
+    ShuttingDown,
+    UnknownModel,
+)
+from engine.replies import Chunks, Head, Json, Prompt
+from engine.types import Completion, FinishReason, ModelCard, Tenant
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.generation import Generation
+    from engine.tokenizer import Tokenizer
+
+__all__ = [
+    "CHAT",
+    "COMPLETIONS",
+    "Answer",
+    "Call",
+    "Job",
+    "answer",
+    "decode",
+    "error_answer",
+    "finish",
+    "parse",
+    "submit",
+]
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 500  # of an error
+CHARS_PER_TOKEN = 16  # a prompt with more characters a token than this cannot fit; refused before it is tokenized
+LARGE_PROMPT = 4096  # characters; a larger one is rendered and tokenized off the event loop
+_tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status and a body, and for errors what the client should do next."""
+
+    status: int
+    body: Json
+    retry_after: float | None = None  # seconds
+    should_retry: bool | None = None  # None: the status says it
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A submitted call: one generation per prompt, and what its answer needs."""
+
+    call: Call
+    tenant: Tenant
+    head: Head
+    words: Tokenizer
+    prompts: tuple[Prompt, ...]
+    generations: tuple[Generation, ...]
+
+    def chunks(self) -> Chunks:
+        """The chunk maker of this job's stream."""
+        return Chunks(self.head, self.call.shape, self.prompts, self.words)
+
+    def abort(self) -> None:
+        """Stop what is not finished; harmless where everything is."""
+        for generation in self.generations:
+            generation.abort()
+
+
+def error_body(message: str, kind: str, code: str, param: str | None = None) -> Json:
+    """The error object, all four keys, of bounded size."""
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = message[: MAX_MESSAGE_CHARS - 1] + "…"
+    return {"error": {"message": message, "type": kind, "param": param and param[:100], "code": code}}
+
+
+def error_answer(exc: BaseException, tenant: Tenant | None = None) -> Answer:
+    """What a client is told about `exc`. Only errors raised on purpose are quoted; of others nothing leaks.
+
+    A full offline queue is the caller's share (429), a full online queue is ours (503).
+    """
+    text = str(exc)
+    match exc:
+        case UnknownModel():
+            return Answer(404, error_body(text, "invalid_request_error", exc.code, exc.param or "model"))
+        case InvalidRequest():
+            return Answer(400, error_body(text, "invalid_request_error", exc.code, exc.param))
+        case ShuttingDown():
+            return Answer(503, error_body(text, "server_error", "shutting_down"), exc.retry_after)
+        case Overloaded() if tenant is Tenant.OFFLINE:
+            return Answer(429, error_body(text, "rate_limit_error", "resource_unavailable"), exc.retry_after)
+        case Overloaded():
+            return Answer(503, error_body(text, "server_error", "server_overloaded"), exc.retry_after)
+        case RequestFailed() if exc.retryable:
+            return Answer(503, error_body(text, "server_error", "request_failed"), 1.0)
+        case RequestFailed():
+            return Answer(500, error_body(text, "server_error", "request_failed"), should_retry=False)
+        case EngineDead():
+            return Answer(503, error_body("the engine stopped", "server_error", "engine_dead"), 5.0)
+        case _:
+            return Answer(500, error_body("internal error", "server_error", "internal_error"), should_retry=False)
+
+
+async def answer(
+    engine: Engine,
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    tenant: Tenant | None = None,
+    request_id: str | None = None,
+) -> Answer:
+    """Run one unary request to `url` (chat or text completions) and return its answer, errors included.
+
+    `tenant` wins over the body's `service_tier`. `request_id` names the generation in the engine (`-i` is added where
+    there are several prompts). Only cancellation, which aborts the generation, and EngineDead escape.
+    """
+    try:
+        call = parse(url, body, tenant=tenant)
+        if call.stream:
+            raise unsupported("stream", "this request cannot be streamed")
+        tenant = call.tenant
+        job = await submit(engine, call, request_id=request_id)
+        try:
+            return Answer(200, await finish(job))
+        finally:
+            job.abort()
+    except EngineDead:
+        raise
+    except Exception as exc:  # a border: whatever it is, the other requests of this process go on
+        reply = error_answer(exc, tenant)
+        if reply.body["error"]["code"] == "internal_error":
+            log.exception("request %s failed", request_id)
+        return reply
+
+
+async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -> Job:
+    """Hand `call` to the engine: all of its prompts or none. Long prompts are tokenized in a worker thread."""
+    if call.chars <= LARGE_PROMPT:
+        return _submit(engine, call, request_id)
+    loop = asyncio.get_running_loop()
+    future = _tokenizing.submit(_submit, engine, call, request_id)
+    try:
+        return await asyncio.wrap_future(future, loop=loop)
+    except asyncio.CancelledError:
+        future.add_done_callback(_abort_orphan)  # the thread may still submit, and nobody would read it
+        raise
+
+
+def _abort_orphan(future: Future[Job]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().abort()
+
+
+def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
+    card = engine.resolve(call.model, call.tenant)
+    _check_length(call, card)
+    tenant = call.tenant or card.tenant
+    head = Head(
+        id=("chatcmpl-" if call.shape.chat else "cmpl-") + uuid.uuid4().hex,
+        created=int(time.time()),
+        model=card.id,
+        tier=replies.tier_of(tenant),
+        fingerprint=replies.fingerprint(card),
+    )
+    words = engine.tokenizer(card.id)
+    generations: list[Generation] = []
+    try:
+        generations.extend(_generations(engine, call, card, tenant, request_id or head.id))
+        prompts = tuple(_prompts(call, generations, words))
+    except BaseException:
+        for generation in generations:
+            generation.abort()
+        raise
+    return Job(call, tenant, head, words, prompts, tuple(generations))
+
+
+def _check_length(call: Call, card: ModelCard) -> None:
+    limit = CHARS_PER_TOKEN * card.max_model_len
+    longest = call.chars if call.messages is not None else max(map(len, call.prompts))
+    if longest > limit:
+        param = "prompt" if call.messages is None else "messages"
+        raise ContextTooLong(
+            f"the {param} cannot fit the context of {card.max_model_len} tokens: it is longer than {limit}", param=param
+        )
+
+
+def _generations(engine: Engine, call: Call, card: ModelCard, tenant: Tenant, request_id: str) -> Iterator[Generation]:
+    common: dict[str, Any] = {
+        "tenant": tenant,
+        "model": card.id,
+        "priority": call.priority,
+        "cache_salt": call.cache_salt,
+    }
+    if call.messages is not None:
+        yield engine.submit_chat(
+            call.messages, call.params, template_kwargs=call.template_kwargs, request_id=request_id, **common
+        )
+        return
+    for index, prompt in enumerate(call.prompts):
+        name = request_id if len(call.prompts) == 1 else f"{request_id}-{index}"
+        yield engine.submit(prompt, call.params, request_id=name, **common)
+
+
+def _prompts(call: Call, generations: list[Generation], words: Tokenizer) -> Iterator[Prompt]:
+    """Prompts as they will be told back: only an echo needs text."""
+    for index, generation in enumerate(generations):
+        text = ""
+        if call.shape.echo:
+            given = call.prompts[index]
+            text = given if isinstance(given, str) else words.decode(list(given), skip_special=False)
+        yield Prompt(generation.prompt_tokens, text)
+
+
+async def finish(job: Job) -> Json:
+    """The body of a unary answer, once every choice is finished. Raises RequestFailed where one was cut short."""
+    completions = [_whole(await generation.completion()) for generation in job.generations]
+    if job.call.shape.no_output:
+        completions = [replies.without_output(completion) for completion in completions]
+    if job.call.shape.chat:
+        return replies.chat_body(job.head, job.call.shape, completions[0], job.words)
+    return replies.completion_body(job.head, job.call.shape, completions, job.prompts, job.words)
+
+
+def _whole(completion: Completion) -> Completion:
+    if any(choice.finish_reason is FinishReason.ABORT for choice in completion.choices):
+        raise aborted()
+    return completion
+
+
+def aborted() -> RequestFailed:
+    """A request that something other than its client stopped: what there is of it must not look complete."""
+    return RequestFailed("the request was aborted before it finished", retryable=True)
