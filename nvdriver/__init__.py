@@ -1,0 +1,1 @@
+"""Stop and restart the GPU channels of one CUDA process, through the stock NVIDIA driver. Start at `nvdriver.api`."""
