@@ -63,7 +63,7 @@ _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of special tokens
 def resolve_model(name_or_path: str, *, progress: bool = True) -> Path:
     """The checkpoint folder that a name or a path means.
 
-    `demo` and `smollm2-135m-instruct` name the demo model, fetched and converted on first use (93 MB to download, 540 MB
+    `demo` and `smollm2-135m-instruct` name the demo model, made on first use (93 MB to download, 540 MB
     on disk, some seconds; `progress` shows bars on stderr). Anything else is the path of an existing folder; one that
     happens to be called `demo` is reached as `./demo`. Raises InvalidConfig, with the remedy.
     """
