@@ -155,8 +155,10 @@ class LinuxHost:
 
 def _duplicates(wanted: Callable[[os.stat_result], bool]) -> list[int]:
     """Duplicate each own descriptor whose file is wanted. Another thread may close one while we look: skip it."""
-    found = []
+    found: list[int] = []
     for name in os.listdir("/proc/self/fd"):
+        if int(name) in found:  # the number that listing the folder had taken, free again and given to a duplicate
+            continue
         try:
             fd = fcntl.fcntl(int(name), fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError:

@@ -1,12 +1,13 @@
 """How a process lets another one freeze it: a grant, and the descriptors that make it good.
 
 The owner finds its own channels and sends them over a unix socket; nobody ever looks for another process's channels.
-What is received is checked against the socket's credentials, which the kernel vouches for.
+What is received is checked against the message's credentials, which the kernel vouches for.
 
 NOTE: the driver frees a client when the last descriptor of its open file closes. A received descriptor therefore keeps
 the GPU memory of a dead owner alive until it is closed; the gate watches the owner and closes it.
 """
 
+import array
 import contextlib
 import json
 import os
@@ -55,21 +56,41 @@ def _handles(values: Sequence[object]) -> tuple[int, ...]:
 
 def send_grant(sock: socket.socket, grant: Grant, files: Sequence[DeviceFile]) -> None:
     """Send a grant in one message of a SOCK_SEQPACKET socket; without files it serves only the cross-client route."""
-    socket.send_fds(sock, [grant.to_bytes()], [file.fileno() for file in files])
+    descriptors = array.array("i", [file.fileno() for file in files])
+    credentials = _CREDENTIALS.pack(os.getpid(), os.geteuid(), os.getegid())
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)]
+    if descriptors:
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors.tobytes()))
+    sock.sendmsg([grant.to_bytes()], ancillary)
 
 
 def receive_grant(sock: socket.socket) -> tuple[Grant, list[DeviceFile]]:
     """Receive a grant and check that it comes from the process and the user it names."""
-    data, fds, _flags, _address = socket.recv_fds(sock, _MAX_BYTES, _MAX_FILES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    space = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(_MAX_FILES * array.array("i").itemsize)
+    data, ancillary, _flags, _address = sock.recvmsg(_MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    fds, sender = _unpack(ancillary)
     with contextlib.ExitStack() as undo:
         for fd in fds:
             undo.callback(os.close, fd)
-            os.set_inheritable(fd, False)  # recv_fds of Python 3.11 drops its flags, MSG_CMSG_CLOEXEC among them
         grant = Grant.from_bytes(data)
-        pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        if (pid, uid) != (grant.pid, grant.uid):
-            raise Refused(f"a grant for pid {grant.pid} came from pid {pid}: only the owner may grant its channels")
+        if sender != (grant.pid, grant.uid):
+            raise Refused(
+                f"a grant for pid {grant.pid} came from pid {sender[0]}: only the owner may grant its channels"
+            )
         if fds and len(fds) != len(grant.sets):
             raise Refused(f"{len(grant.sets)} sets of channels with {len(fds)} descriptors: send one for each, or none")
         undo.pop_all()
     return grant, [LinuxFile(fd) for fd in fds]
+
+
+def _unpack(ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[list[int], tuple[int, int]]:
+    """The descriptors, and the pid and uid of the sender. SO_PEERCRED would name whoever made a socket pair instead."""
+    fds, sender = array.array("i"), (0, -1)
+    for _level, kind, data in ancillary:
+        if kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        elif kind == socket.SCM_CREDENTIALS:
+            pid, uid, _gid = _CREDENTIALS.unpack(data)
+            sender = (pid, uid)
+    return list(fds), sender

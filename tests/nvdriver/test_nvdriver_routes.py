@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -200,6 +202,19 @@ def test_a_descriptor_for_each_set_or_none(wire):
     with pytest.raises(Refused, match="one for each, or none"):
         receive_grant(wire[1])
     sent.close()
+
+
+def test_the_sender_counts_not_the_maker_of_the_socket_pair(wire):
+    """A controller makes the pair and a child sends: SO_PEERCRED would name the controller."""
+    code = (
+        "import os, socket; from nvdriver.api import Grant, send_grant; "
+        f"sock = socket.socket(fileno={wire[0].fileno()}); "
+        "send_grant(sock, Grant(os.getpid(), os.geteuid(), '580.95.05', ()), [])"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], pass_fds=[wire[0].fileno()])
+    grant, files = receive_grant(wire[1])
+    assert grant.pid == child.pid != os.getpid() and files == []
+    assert child.wait() == 0
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"pid": 1}', b'{"sets": [{"client": "x"}]}'])
