@@ -90,9 +90,7 @@ class EngineConfig:
                 raise InvalidConfig(f"--{spec.name.replace('_', '-')} must be at least {low:g}, got {value}")
             choices = spec.metadata.get("choices")
             if choices and value not in choices:
-                raise InvalidConfig(
-                    f"--{spec.name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}"
-                )
+                raise InvalidConfig(f"--{spec.name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
         if not 0.0 <= self.online_cache_share <= 1.0:
             raise InvalidConfig(f"--online-cache-share must be between 0 and 1, got {self.online_cache_share}")
 

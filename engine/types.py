@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.errors import InvalidRequest
@@ -196,6 +195,13 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Abort:
+    """End the request with this id, whatever its state. Unknown ids are ignored."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Natural-log probability of `token` and of the likeliest alternatives, likeliest first."""
 
@@ -285,11 +291,3 @@ class ModelCard:
     max_model_len: int
     vocab_size: int
     created: int  # unix seconds
-
-
-def split_by_tenant(requests: Sequence[Request]) -> dict[Tenant, list[Request]]:
-    """Requests grouped by tenant, order kept."""
-    groups: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
-    for request in requests:
-        groups[request.tenant].append(request)
-    return groups

@@ -65,7 +65,10 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A pass parked before `layer`. `state` belongs to the runner (hidden states, residual); nobody else looks inside."""
+    """A pass parked before `layer`. `plan` holds the rows still in it, which are fewer once some were dropped.
+
+    `state` belongs to the runner (hidden states, residual); nobody else looks inside.
+    """
 
     plan: StepPlan
     layer: int
@@ -94,9 +97,7 @@ class Runner(Protocol):
         """Start the plan. It runs to its end, or to the layer boundary at which `stop` says so. Returns a handle."""
         ...
 
-    def resume(
-        self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None
-    ) -> Any:
+    def resume(self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None) -> Any:
         """Go on from a checkpoint without the rows of the requests in `dropped`, whose pages may be somebody else's now."""
         ...
 

@@ -1,0 +1,374 @@
+"""Engine: the public class. One model (in time two), two tenants, from prompts to text; for scripts, notebooks and servers.
+
+Owns the tokenizer, the model's names, the table of live generations, and the loop that runs the core. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from engine.build import BuiltModel, build_core, load_model, max_model_len, model_names
+from engine.config import EngineConfig
+from engine.errors import ContextTooLong, EngineDead, InvalidRequest, Overloaded, ShuttingDown, UnknownModel
+from engine.generation import Generation, wake
+from engine.loop import EngineLoop
+from engine.sched.scheduler import TenantCounters
+from engine.types import Abort, Completion, Delta, FinishReason, ModelCard, SamplingParams, Submit, Tenant, TokenOut
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantStats:
+    running: int
+    waiting: int
+    kv_pages: int  # referenced by the tenant's requests
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # of those, found
+    counters: TenantCounters
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of the engine; cheap, taken without stopping it."""
+
+    tenants: Mapping[Tenant, TenantStats]
+    kv_pages: int
+    kv_pages_free: int
+    kv_pages_cached: int
+    page_size: int
+
+
+class Engine:
+    """An inference engine in this process.
+
+    >>> with Engine("demo") as engine:
+    ...     print(engine.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0))[0].text)
+
+    `config` or keyword overrides with the names of EngineConfig's fields set it up. Loading shows progress on stderr. Raises
+    InvalidConfig or InvalidCheckpoint if it cannot start.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: EngineConfig | None = None,
+        built: BuiltModel | None = None,
+        tokenizer: Tokenizer | None = None,
+        progress: bool = True,
+        **overrides: Any,
+    ) -> None:
+        config = (config or EngineConfig()).with_options(**overrides)
+        self.config = config if model is None else replace(config, model=model)
+        built = built or load_model(self.config, progress=progress)
+        self._tokenizer = tokenizer or _load_tokenizer(built)
+        names = model_names(self.config.model, self.config.served_model_name)
+        self._card = ModelCard(
+            id=names[0],
+            aliases=names[1:],
+            tenant=Tenant.ONLINE,
+            max_model_len=max_model_len(self.config, built.spec, built.num_slabs * built.pages_per_slab),
+            vocab_size=built.spec.vocab_size,
+            created=int(time.time()),  # noqa: TID251 - a stamp for clients
+        )
+        self._random = random.Random(self.config.seed)
+        self._lock = threading.Lock()
+        self._live: dict[str, Generation] = {}
+        self._count = 0
+        self._draining = False
+        self._dead: EngineDead | None = None
+        self._core = build_core(self.config, built)
+        self._loop = EngineLoop(self._core, self._deliver, self._died)
+
+    # -- life
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests submitted now can finish."""
+        return self._dead is None and self._loop.alive
+
+    def drain(self, timeout: float) -> bool:
+        """Take no new requests and wait for those there are. True if all ended within `timeout` seconds."""
+        self._draining = True
+        deadline = time.monotonic() + timeout  # noqa: TID251 - the caller's time, not the engine's
+        while self._live and self.alive:
+            if time.monotonic() >= deadline:  # noqa: TID251
+                return False
+            time.sleep(0.02)
+        return not self._live
+
+    def close(self) -> None:
+        """Stop now. Unfinished requests end with EngineDead."""
+        self._draining = True
+        self._loop.close()
+        self._died(EngineDead("the engine was closed"))
+
+    # -- what is served
+
+    @property
+    def models(self) -> tuple[ModelCard, ...]:
+        return (self._card,)
+
+    def resolve(self, name: str | None, tenant: Tenant | None = None) -> ModelCard:
+        """The model that serves `name` (None: the default one). Raises UnknownModel."""
+        for card in self.models:
+            if name is None or name == card.id or name in card.aliases:
+                return card
+        known = ", ".join(card.id for card in self.models)
+        raise UnknownModel(f"the model {name!r} does not exist here; served: {known}", param="model")
+
+    def tokenizer(self, model: str | None = None) -> Tokenizer:
+        self.resolve(model)
+        return self._tokenizer
+
+    # -- requests
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tenant: Tenant | str = Tenant.ONLINE,
+        model: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Generation:
+        """Start a request and return at once.
+
+        `prompt` is text or token ids. Lower `priority` goes first within the tenant; prompts with different `cache_salt` never
+        share cached prefixes. Raises InvalidRequest, ContextTooLong, UnknownModel, Overloaded, ShuttingDown or EngineDead.
+        """
+        tenant = Tenant(tenant)
+        card = self.resolve(model, tenant)
+        params = params or SamplingParams()
+        params.validate(card.vocab_size)
+        self._check_open(tenant)
+        tokens = self._encode(prompt, card)
+        return self._start(tokens, params, card, tenant, request_id, priority, cache_salt)
+
+    def submit_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        tenant: Tenant | str = Tenant.ONLINE,
+        model: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Generation:
+        """`submit` for a conversation, rendered with the model's chat template."""
+        tenant = Tenant(tenant)
+        card = self.resolve(model, tenant)
+        self._check_open(tenant)
+        tokens = self.tokenizer(model).render_chat(messages, tools=tools, kwargs=template_kwargs)
+        return self.submit(
+            tokens, params, tenant=tenant, model=card.id, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: Tenant | str = Tenant.OFFLINE,
+        progress: bool = True,
+        **options: Any,
+    ) -> list[Completion]:
+        """Run prompts to their end, in order of the prompts, with a progress bar. Raises RequestFailed if one fails."""
+        from tqdm import tqdm
+
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        many: list[Any] = [prompts] if single else list(prompts)
+        each = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise InvalidRequest(f"{len(many)} prompts but {len(each)} params: give one, or one for each", param="params")
+        running: list[Generation] = []
+        try:
+            for prompt, one in zip(many, each, strict=True):
+                running.append(self.submit(prompt, one, tenant=tenant, **options))
+            return [g.result() for g in tqdm(running, unit="prompt", disable=not progress)]
+        finally:
+            for generation in running:
+                generation.abort()
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Completion:
+        """Answer one conversation."""
+        generation = self.submit_chat(messages, params, **options)
+        try:
+            return generation.result()
+        finally:
+            generation.abort()
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Delta]:
+        """Deltas of one request as they come. Leaving the loop early aborts the request."""
+        generation = await asyncio.to_thread(self.submit, prompt, params, **options)
+        try:
+            async for delta in generation:
+                yield delta
+        finally:
+            generation.abort()
+
+    def abort(self, request_id: str) -> bool:
+        """End all live requests with this id. False if there is none."""
+        with self._lock:
+            found = {g for g in self._live.values() if g.request_id == request_id}
+        for generation in found:
+            generation.abort()
+        return bool(found)
+
+    def stats(self) -> Stats:
+        scheduler = self._core.scheduler
+        kv, pool = scheduler.kv, scheduler.kv.pool
+        tenants = {
+            tenant: TenantStats(
+                running=scheduler.num_running(tenant),
+                waiting=scheduler.num_waiting(tenant),
+                kv_pages=pool.num_used(tenant),
+                prefix_queries=kv.prefix_queries[tenant],
+                prefix_hits=kv.prefix_hits[tenant],
+                counters=replace(scheduler.counters[tenant]),
+            )
+            for tenant in Tenant
+        }
+        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size)
+
+    # -- inside: requests in
+
+    def _check_open(self, tenant: Tenant) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if self._draining:
+            raise ShuttingDown("the engine is shutting down and takes no new requests", retry_after=30)
+        if tenant is Tenant.ONLINE and self._core.scheduler.num_waiting(tenant) >= self.config.max_num_queued_reqs:
+            raise Overloaded(f"{self.config.max_num_queued_reqs} requests are waiting already; try again later")
+
+    def _encode(self, prompt: Prompt, card: ModelCard) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            tokens: Sequence[int] = self._tokenizer.encode(prompt, max_tokens=card.max_model_len)
+        else:
+            tokens = prompt
+            for token in tokens:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < card.vocab_size:
+                    raise InvalidRequest(f"token ids must be integers from 0 to {card.vocab_size - 1}", param="prompt")
+        if not tokens:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if len(tokens) >= card.max_model_len:
+            raise ContextTooLong(
+                f"the prompt has {len(tokens)} tokens and the context holds {card.max_model_len}, at least one of them output; "
+                "shorten the prompt",
+                param="prompt",
+            )
+        return tuple(tokens)
+
+    def _start(
+        self,
+        tokens: tuple[int, ...],
+        params: SamplingParams,
+        card: ModelCard,
+        tenant: Tenant,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str,
+    ) -> Generation:
+        with self._lock:
+            self._count += 1
+            key = str(self._count)
+            seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        generation = Generation(
+            request_id=request_id or f"req-{key}",
+            model=card.id,
+            tenant=tenant,
+            prompt_tokens=tokens,
+            params=params,
+            make_detokenizer=lambda: self._tokenizer.detokenizer(tokens),
+            abort=lambda g: self._abort(key, g),
+        )
+        with self._lock:
+            self._live[key] = generation
+        try:
+            for index in range(params.n):
+                one = replace(params, seed=seed).for_choice(index)
+                assert one.seed is not None
+                self._loop.put(
+                    Submit(
+                        id=f"{key}.{index}",
+                        tenant=tenant,
+                        prompt=tokens,
+                        params=one,
+                        seed=one.seed,
+                        priority=priority,
+                        cache_salt=cache_salt,
+                    )
+                )
+        except EngineDead:
+            self._live.pop(key, None)
+            raise
+        return generation
+
+    def _abort(self, key: str, generation: Generation) -> None:
+        for index in range(generation.params.n):
+            try:
+                self._loop.put(Abort(f"{key}.{index}"))
+            except EngineDead:
+                return
+
+    # -- inside: results out, in the loop's thread
+
+    def _deliver(self, outs: Iterable[TokenOut]) -> None:
+        waiters = []
+        for out in outs:
+            key, _, index = out.id.partition(".")
+            generation = self._live.get(key)
+            if generation is None:
+                continue
+            try:
+                cut_short, waiter = generation.push(int(index), out)
+            except Exception:  # text of one request must not end the engine
+                logger.exception("request %s: its output could not be turned into text", generation.request_id)
+                failed = TokenOut(id=out.id, finish_reason=FinishReason.ERROR, error="its output could not be turned into text")
+                _, waiter = generation.push(int(index), failed)
+                cut_short = out.finish_reason is None
+            if cut_short:
+                self._loop.put(Abort(out.id))
+            if generation.finished:
+                with self._lock:
+                    self._live.pop(key, None)
+            if waiter is not None:
+                waiters.append(waiter)
+        wake(waiters)
+
+    def _died(self, error: EngineDead) -> None:
+        self._dead = self._dead or error
+        with self._lock:
+            live, self._live = list(self._live.values()), {}
+        wake([waiter for generation in live if (waiter := generation.die(error)) is not None])
+
+
+def _load_tokenizer(built: BuiltModel) -> Tokenizer:
+    from engine.tokenizer import Tokenizer
+
+    return Tokenizer.load(built.path)

@@ -1,0 +1,126 @@
+"""FakeRunner: a runner with no torch, for tests of everything above the runner and for simulation of policies.
+
+It does have a KV memory. Each page slot holds a digest of all tokens up to its own, made from the digest in the slot before
+it, and the next token is made from the last digest. So a request whose pages were lost, mixed up or not yet computed produces
+other tokens than `expected_tokens`, and tests see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from engine.clock import ManualClock
+from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResult, StopCondition
+from engine.types import TokenLogprob
+
+_MASK = (1 << 61) - 1
+_POISON = -1
+
+
+def _extend(digest: int, token: int) -> int:
+    return (digest * 1_000_003 + token + 1) & _MASK
+
+
+def _choose(digest: int, vocab_size: int, suppress: Sequence[int]) -> int:
+    token = (digest ^ (digest >> 17)) % vocab_size
+    while token in suppress:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def expected_tokens(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
+    """What a FakeRunner must generate after `prompt`, whatever else it runs (no token suppressed)."""
+    digest = 0
+    for token in prompt:
+        digest = _extend(digest, token)
+    output: list[int] = []
+    for _ in range(count):
+        output.append(_choose(digest, vocab_size, ()))
+        digest = _extend(digest, output[-1])
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step: fixed + per computed token + per token of context read."""
+
+    fixed: float = 5e-3
+    per_token: float = 1e-4
+    per_context: float = 1e-7
+
+    def of(self, rows: Sequence[PlanRow]) -> float:
+        computed = sum(row.count for row in rows)
+        return self.fixed + self.per_token * computed + self.per_context * sum(row.end for row in rows)
+
+
+class FakeRunner:
+    """Fills the Runner protocol. With a ManualClock, a step takes the time its cost says."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 4,
+        vocab_size: int = 1000,
+        page_size: int = 16,
+        cost: StepCost | None = None,
+        clock: ManualClock | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.page_size = page_size
+        self.cost = cost or StepCost()
+        self._layers = num_layers
+        self._clock = clock
+        self._memory: dict[int, list[int]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return self._layers
+
+    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> StepResult:
+        return self._run(plan, plan.rows, 0, stop)
+
+    def resume(
+        self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None
+    ) -> StepResult:
+        rows = tuple(row for row in checkpoint.plan.rows if row.request_id not in dropped)
+        return self._run(checkpoint.plan, rows, checkpoint.layer, stop)
+
+    def collect(self, in_flight: StepResult) -> StepResult:
+        return in_flight
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """The pages now belong to somebody else: whoever reads them gets garbage."""
+        for page in pages:
+            self._memory[page] = [_POISON] * self.page_size
+
+    def close(self) -> None:
+        self._memory.clear()
+
+    def _run(self, plan: StepPlan, rows: tuple[PlanRow, ...], first: int, stop: StopCondition | None) -> StepResult:
+        per_layer = self.cost.of(rows) / self._layers
+        for layer in range(first, self._layers):
+            if layer > first and plan.preemptible and stop is not None and stop(layer):
+                return StepResult((), per_layer * (layer - first), Checkpoint(replace(plan, rows=rows), layer, None))
+            if self._clock is not None:
+                self._clock.advance(per_layer)
+        return StepResult(tuple(self._row(row) for row in rows), per_layer * (self._layers - first))
+
+    def _row(self, row: PlanRow) -> RowResult:
+        digest = self._read(row, row.start - 1) if row.start else 0
+        prompt_logprobs: list[TokenLogprob] = []
+        for position in range(row.start, row.end):
+            digest = _extend(digest, row.tokens[position])
+            page, slot = divmod(position, self.page_size)
+            self._memory.setdefault(row.pages[page], [_POISON] * self.page_size)[slot] = digest
+            if row.params.prompt_logprobs is not None and position + 1 < row.num_prompt:
+                prompt_logprobs.append(TokenLogprob(row.tokens[position + 1], -1.0, 1))
+        if not row.sample:
+            return RowResult(row.request_id, prompt_logprobs=tuple(prompt_logprobs))
+        token = _choose(digest, self.vocab_size, row.suppress)
+        logprob = TokenLogprob(token, -1.0, 1) if row.params.logprobs is not None else None
+        return RowResult(row.request_id, token, logprob, tuple(prompt_logprobs))
+
+    def _read(self, row: PlanRow, position: int) -> int:
+        page, slot = divmod(position, self.page_size)
+        return self._memory.get(row.pages[page], [_POISON] * self.page_size)[slot]

@@ -1,0 +1,102 @@
+"""EngineLoop: the thread that owns an EngineCore. Commands go in by a queue; a step's results leave in one call.
+
+The one exception to "everything through the queue": a step in flight cannot be asked anything, so `put` of an online request
+raises a flag that the core polls between the layers of an offline step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from engine.core import EngineCore
+from engine.errors import EngineDead
+from engine.types import Abort, Submit, Tenant, TokenOut
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[list[TokenOut]], None]
+
+
+class EngineLoop:
+    """Runs the core while it has work and sleeps otherwise.
+
+    `deliver` is called in the loop's thread after each step that produced something; whatever it puts (an abort because a stop
+    string was found) is obeyed before the next step. `died` is called once if the core gives up.
+    """
+
+    def __init__(self, core: EngineCore, deliver: Deliver, died: Callable[[EngineDead], None], name: str = "engine") -> None:
+        self._core = core
+        self._deliver = deliver
+        self._died = died
+        self._commands: deque[Submit | Abort] = deque()
+        self._wake = threading.Condition()
+        self._online_queued = 0
+        self._closing = False
+        core.interrupted = self._online_at_the_door
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    def put(self, command: Submit | Abort) -> None:
+        """Hand over a command. Thread-safe, never waits for a step."""
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise EngineDead("the engine has stopped")
+            self._commands.append(command)
+            if isinstance(command, Submit) and command.tenant is Tenant.ONLINE:
+                self._online_queued += 1
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop after the current step. Requests still in the core end nowhere; the caller has drained or aborted them."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _online_at_the_door(self) -> bool:
+        return self._online_queued > 0 or self._closing
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                outs = self._drain()
+                if not self._closing:
+                    outs += self._core.step()
+                if outs:
+                    self._deliver(outs)
+        except EngineDead as error:
+            self._died(error)
+        except Exception as error:
+            logger.exception("the engine loop failed")
+            dead = EngineDead(f"the engine loop failed: {error}")
+            dead.__cause__ = error
+            self._died(dead)
+        finally:
+            self._core.close()
+
+    def _wait(self) -> bool:
+        with self._wake:
+            while not (self._commands or self._closing or self._core.has_work):
+                self._wake.wait()
+            return not self._closing
+
+    def _drain(self) -> list[TokenOut]:
+        outs: list[TokenOut] = []
+        while self._commands:
+            command = self._commands.popleft()
+            if isinstance(command, Abort):
+                outs += self._core.abort(command.id)
+                continue
+            if command.tenant is Tenant.ONLINE:
+                with self._wake:
+                    self._online_queued -= 1
+            self._core.submit(command)
+        return outs

@@ -1,0 +1,387 @@
+"""Scheduler: decides what each step runs and learns from what came of it. The only place that changes a request's state.
+
+One step: a View is made, the policy orders the candidates and sets the budget, each candidate is placed (pages all or nothing,
+victims preempted if the policy names any) until the budget is spent. `update` applies a finished step. Legal moves:
+WAITING -> RUNNING (admitted), RUNNING -> WAITING (preempted, pages lost), any -> FINISHED. No torch, no text, no threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.clock import Clock
+from engine.memory.manager import KVManager
+from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResult
+from engine.sched.policies import Budget, Policy
+from engine.sched.predictor import OutputLengths, peak_tokens
+from engine.sched.queue import TenantQueue
+from engine.sched.view import View
+from engine.types import FinishReason, Request, RequestState, Submit, Tenant, TokenLogprob, TokenOut, uniform
+
+
+@dataclass(slots=True)
+class TenantCounters:
+    """Running totals of one tenant."""
+
+    submitted: int = 0
+    finished: int = 0
+    computed_tokens: int = 0  # tokens whose KV was computed, recomputation included
+    recomputed_tokens: int = 0  # of those, the ones computed before and lost
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+class _Step:
+    """The budgets and rows of the step being built. Lives for one `schedule` call."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.left = budget.tokens
+        self.left_offline = min(budget.offline, budget.tokens)
+        self.rows: list[PlanRow] = []
+        self.placed: set[str] = set()
+
+    def room(self, tenant: Tenant) -> int:
+        return self.left_offline if tenant is Tenant.OFFLINE else self.left
+
+    def add(self, row: PlanRow) -> None:
+        self.left -= row.count
+        self.left_offline = min(self.left_offline - row.count * (row.tenant is Tenant.OFFLINE), self.left)
+        self.rows.append(row)
+        self.placed.add(row.request_id)
+
+
+@dataclass(slots=True)
+class _Parked:
+    """A pass stopped between layers, and the requests that left it since."""
+
+    checkpoint: Checkpoint
+    members: set[str]
+    dropped: set[str] = field(default_factory=set)
+
+
+class Scheduler:
+    """All requests of one engine core."""
+
+    def __init__(
+        self,
+        kv: KVManager,
+        policy: Policy,
+        clock: Clock,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        self.kv = kv
+        self.policy = policy
+        self.clock = clock
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.eos_ids = frozenset(eos_ids)
+        self.counters = {tenant: TenantCounters() for tenant in Tenant}
+        self._requests: dict[str, Request] = {}
+        self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
+        self._waiting = {tenant: TenantQueue() for tenant in Tenant}
+        self._lengths = OutputLengths()
+        self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
+        self._lost: dict[str, int] = {}  # computed tokens a preempted request had, until it is admitted again
+        self._parked: _Parked | None = None
+        self._step = 0
+
+    # -- requests come and go
+
+    def add(self, submit: Submit) -> Request:
+        """Queue a request. The caller has checked that its prompt fits max_model_len."""
+        assert submit.id not in self._requests, submit.id
+        params = submit.params
+        longest = self.max_model_len if params.max_tokens is None else len(submit.prompt) + params.max_tokens
+        request = Request(
+            id=submit.id,
+            tenant=submit.tenant,
+            tokens=list(submit.prompt),
+            num_prompt=len(submit.prompt),
+            params=params,
+            seed=submit.seed,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
+            max_len=min(longest, self.max_model_len),
+            arrival=self.clock.now(),
+            priority=submit.priority,
+            cache_salt=submit.cache_salt,
+        )
+        assert 0 < request.num_prompt < request.max_len, "checked where the request entered"
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs[request.id] = [None]  # nothing predicts the first token
+        self._requests[request.id] = request
+        self._waiting[request.tenant].push(request)
+        self.counters[request.tenant].submitted += 1
+        return request
+
+    def abort(self, request_id: str) -> TokenOut | None:
+        """End a request in whatever state it is. None if it is not here (any more)."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._finish(request, FinishReason.ABORT)
+
+    def unfinished(self, tenant: Tenant) -> int:
+        return len(self._running[tenant]) + len(self._waiting[tenant])
+
+    def num_running(self, tenant: Tenant) -> int:
+        return len(self._running[tenant])
+
+    def num_waiting(self, tenant: Tenant) -> int:
+        return len(self._waiting[tenant])
+
+    # -- decide
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if nothing can run."""
+        view = self._view()
+        step = _Step(self.policy.budget(view))
+        if step.left:
+            for request in self.policy.order(view):
+                if step.room(request.tenant) > 0:
+                    self._place(request, step, view)
+                if not step.left:
+                    break
+        if not step.rows:
+            return None
+        self._step += 1
+        preemptible = all(row.tenant is Tenant.OFFLINE for row in step.rows)
+        return StepPlan(self._step, tuple(step.rows), preemptible)
+
+    def _view(self) -> View:
+        return View(self.clock.now(), self._running, self._waiting, self.max_num_batched_tokens, self._parked is not None)
+
+    def _place(self, request: Request, step: _Step, view: View) -> None:
+        if request.state is RequestState.WAITING and not self._admit(request, step, view):
+            return
+        count = min(request.num_pending, step.room(request.tenant))
+        if not self._grow(request, request.num_computed + count, step, view):
+            return
+        sample = count == request.num_pending
+        suppress = request.num_output < request.params.min_tokens
+        step.add(
+            PlanRow(
+                request_id=request.id,
+                tenant=request.tenant,
+                tokens=request.tokens,
+                num_prompt=request.num_prompt,
+                start=request.num_computed,
+                count=count,
+                pages=request.pages,
+                sample=sample,
+                params=request.params,
+                uniform=uniform(request.seed, request.num_output) if sample and not request.params.greedy else 0.0,
+                suppress=tuple(request.stop_ids) if suppress else (),
+            )
+        )
+
+    def _admit(self, request: Request, step: _Step, view: View) -> bool:
+        """Start a waiting request: pages for all its tokens, and a place among the running ones."""
+        victims = [v for v in self.policy.victims(view, request) if v.id not in step.placed]
+        prefix = self.kv.find_prefix(request)
+        if not self._peak_fits(request, prefix, frozenset(victims)):
+            return False
+        crowd = max(0, sum(map(len, self._running.values())) + 1 - self.max_num_seqs)
+        if crowd > len(victims):
+            return False
+        for loser in victims[:crowd]:
+            self._preempt(loser)
+        yielding = iter(victims[crowd:])
+        while not self.kv.admit(request, len(request.tokens), prefix):
+            if (victim := next(yielding, None)) is None:
+                return False
+            self._preempt(victim)
+            prefix = self.kv.find_prefix(request)  # making room may have evicted some of it
+        self._start(request, len(prefix) * self.kv.page_size)
+        return True
+
+    def _start(self, request: Request, num_cached: int) -> None:
+        request.state = RequestState.RUNNING
+        request.num_computed = num_cached
+        self._waiting[request.tenant].remove(request)
+        self._running[request.tenant].append(request)
+        lost = self._lost.pop(request.id, 0)
+        self.counters[request.tenant].recomputed_tokens += max(0, lost - num_cached)
+        if request.started is None:
+            request.num_cached = num_cached
+        request.started = self.clock.now()
+
+    def _peak_fits(self, request: Request, prefix: list[int], yielding: frozenset[Request]) -> bool:
+        """Whether everyone who would not give way to the request can run to the predicted end beside it."""
+        running = [other for requests in self._running.values() for other in requests]
+        others = [other for other in running if other not in yielding]
+        if not others:
+            return True
+        pool, page = self.kv.pool, self.kv.page_size
+        # Requests are counted as if they shared nothing; what they do share now is taken off again.
+        shared = sum(len(other.pages) for other in running) - pool.num_used() + sum(pool.refs(p) > 0 for p in prefix)
+        sizes = [(len(r.tokens) + page, self._lengths.remaining(r)) for r in (*others, request)]
+        return peak_tokens(sizes) <= (pool.num_pages + shared) * page
+
+    def _grow(self, request: Request, num_tokens: int, step: _Step, view: View) -> bool:
+        """Pages for the tokens of a running request, at the cost of those who give way to it, itself last."""
+        while not self.kv.grow(request, num_tokens):
+            victim = next((v for v in self.policy.victims(view, request) if v.id not in step.placed), None)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting with nothing computed. What the prefix cache keeps of it, it finds again."""
+        self._leave_parked(request)
+        self._lost[request.id] = max(request.num_computed, self._lost.get(request.id, 0))
+        self.kv.release(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        request.state = RequestState.WAITING
+        self._running[request.tenant].remove(request)
+        self._waiting[request.tenant].push(request)
+        self.counters[request.tenant].preemptions += 1
+
+    def lose_slab(self, slab: int) -> list[Request]:
+        """A slab was taken: the requests with pages in it wait again, everyone else goes on."""
+        hit = self.kv.remove_slab(slab)
+        for request in hit:
+            self._preempt(request)
+        return hit
+
+    # -- parked passes
+
+    def park(self, checkpoint: Checkpoint) -> None:
+        """Keep a pass that was stopped between layers; its requests are not planned until it is resumed."""
+        assert self._parked is None
+        members = {row.request_id for row in checkpoint.plan.rows} & self._requests.keys()
+        for request_id in members:
+            self._requests[request_id].parked = True
+        self._parked = _Parked(checkpoint, members)
+
+    def take_parked(self) -> tuple[Checkpoint, frozenset[str]] | None:
+        """The parked pass and the requests that must not take part in it any more. None if nothing is parked or left."""
+        if self._parked is None:
+            return None
+        parked, self._parked = self._parked, None
+        for request_id in parked.members:
+            self._requests[request_id].parked = False
+        if not parked.members:
+            return None
+        gone = {row.request_id for row in parked.checkpoint.plan.rows} - parked.members
+        return parked.checkpoint, frozenset(gone)
+
+    @property
+    def has_parked(self) -> bool:
+        return self._parked is not None
+
+    def _leave_parked(self, request: Request) -> None:
+        request.parked = False
+        if self._parked is not None:
+            self._parked.members.discard(request.id)
+
+    # -- learn
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenOut]:
+        """Apply a finished step. Rows of requests that are gone, or that lost their pages meanwhile, are ignored."""
+        by_id = {row.request_id: row for row in plan.rows}
+        outs: list[TokenOut] = []
+        for row_result in result.rows:
+            row = by_id[row_result.request_id]
+            request = self._requests.get(row.request_id)
+            if request is None or request.state is not RequestState.RUNNING or request.pages is not row.pages:
+                continue
+            out = self._apply(request, row, row_result)
+            if out is not None:
+                outs.append(out)
+        return outs
+
+    def fail(self, plan: StepPlan, error: str) -> list[TokenOut]:
+        """The step could not run: its requests end with an error."""
+        requests = [self._requests[row.request_id] for row in plan.rows if row.request_id in self._requests]
+        return [self._finish(request, FinishReason.ERROR, error=error) for request in requests]
+
+    def _apply(self, request: Request, row: PlanRow, result: RowResult) -> TokenOut | None:
+        if result.error is not None:
+            return self._finish(request, FinishReason.ERROR, error=result.error)
+        counters = self.counters[request.tenant]
+        request.num_computed = row.end
+        counters.computed_tokens += row.count
+        self.kv.commit(request)
+        if request.id in self._prompt_logprobs:
+            self._prompt_logprobs[request.id].extend(result.prompt_logprobs)
+        if result.token is None:
+            return None
+        if request.num_output == 0:
+            counters.prompt_tokens += request.num_prompt
+        counters.generated_tokens += 1
+        request.tokens.append(result.token)
+        stop = result.token if result.token in request.stop_ids else None
+        if stop is not None and request.num_output >= request.params.min_tokens:
+            return self._finish(request, FinishReason.STOP, result, stop_token=stop)
+        if len(request.tokens) >= request.max_len:
+            return self._finish(request, FinishReason.LENGTH, result)
+        return self._out(request, result)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        result: RowResult | None = None,
+        *,
+        stop_token: int | None = None,
+        error: str | None = None,
+    ) -> TokenOut:
+        out = self._out(request, result, reason, stop_token, error)
+        self._leave_parked(request)
+        self.kv.release(request)
+        if request.state is RequestState.RUNNING:
+            self._running[request.tenant].remove(request)
+        self._waiting[request.tenant].forget(request)
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+        del self._requests[request.id]
+        self._lost.pop(request.id, None)
+        self._prompt_logprobs.pop(request.id, None)
+        self.counters[request.tenant].finished += 1
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._lengths.observe(request.tenant, request.num_output)
+        return out
+
+    def _out(
+        self,
+        request: Request,
+        result: RowResult | None,
+        reason: FinishReason | None = None,
+        stop_token: int | None = None,
+        error: str | None = None,
+    ) -> TokenOut:
+        first = result is not None and request.num_output == 1
+        logprobs = self._prompt_logprobs.pop(request.id, None) if first else None
+        return TokenOut(
+            id=request.id,
+            token=None if result is None else result.token,
+            logprob=None if result is None else result.logprob,
+            prompt_logprobs=None if logprobs is None else tuple(logprobs),
+            finish_reason=reason,
+            stop_token=stop_token,
+            error=error,
+            num_cached=request.num_cached,
+            num_preemptions=request.num_preemptions,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless requests, queues and pages agree. For tests."""
+        self.kv.check()
+        running = [request for requests in self._running.values() for request in requests]
+        assert all(request.state is RequestState.RUNNING and request.pages for request in running)
+        assert len(running) + sum(map(len, self._waiting.values())) == len(self._requests)
+        assert {request.id for request in self.kv.holders()} == {request.id for request in running}
+        for request in running:
+            assert self.kv.pages_for(request.num_computed) <= len(request.pages), request.id
+            assert request.num_computed < len(request.tokens), request.id
+        if self._parked is not None:
+            assert all(self._requests[request_id].parked for request_id in self._parked.members)

@@ -1,0 +1,39 @@
+"""View: what a policy may look at. Read-only by agreement; the scheduler makes one a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from engine.sched.queue import TenantQueue
+from engine.types import Request, RequestState, Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """`running` in the order in which the requests were started, oldest first. `parked`: a checkpoint waits to be resumed."""
+
+    now: float
+    running: Mapping[Tenant, Sequence[Request]]
+    waiting: Mapping[Tenant, TenantQueue]
+    max_tokens: int
+    parked: bool
+
+    def unfinished(self, tenant: Tenant) -> int:
+        return len(self.running[tenant]) + len(self.waiting[tenant])
+
+    def catching_up(self, tenant: Tenant) -> Iterator[Request]:
+        """The tenant's running requests: those one token behind (decoding) first, then those with more to compute."""
+        decoding = [request for request in self.running[tenant] if request.num_pending == 1]
+        others = [request for request in self.running[tenant] if request.num_pending > 1]
+        return self._still_running([*decoding, *others])
+
+    def started(self) -> Iterator[Request]:
+        """Running requests of both tenants, oldest first."""
+        return self._still_running(sorted(chain(*self.running.values()), key=lambda request: request.started or 0.0))
+
+    @staticmethod
+    def _still_running(requests: Sequence[Request]) -> Iterator[Request]:
+        """Without those that sit in a parked pass, or lost their place to an earlier candidate of the same step."""
+        return (r for r in requests if r.state is RequestState.RUNNING and not r.parked)
