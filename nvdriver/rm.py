@@ -45,7 +45,7 @@ class PreparedCall:
         if isinstance(params, abi.DisableChannelsParams):
             _check_disable(params)
         self._file = file
-        self.params = params  # NOTE: the call holds only its address; this reference keeps it alive
+        self._params = params  # NOTE: the call holds only its address; this reference keeps it alive
         self._call = abi.ControlCall(
             client=client,
             object=target,

@@ -60,14 +60,9 @@ class ChannelSwitch:
 
     def enable(self) -> None:
         """Enable every channel that still exists. A failing batch never keeps the others from being tried."""
-        first_error: NvDriverError | None = None
-        for batch in self._batches:
-            try:
-                _enable_batch(batch)
-            except NvDriverError as error:
-                first_error = first_error or error
-        if first_error is not None:
-            raise first_error
+        errors = [error for batch in self._batches for error in _enable_batch(batch)]
+        if errors:
+            raise errors[0]
 
     def set_time_slice(self, microseconds: int) -> None:
         """Give each group this time slice; the one it had is kept for `restore_time_slice`."""
@@ -120,13 +115,25 @@ def _call(manager: ResourceManager, channels: ChannelSet, disable: int) -> Prepa
     return manager.prepare(channels.client, channels.subdevice, Command.FIFO_DISABLE_CHANNELS, params)
 
 
-def _enable_batch(batch: _Batch) -> None:
-    """Enable a batch; if a channel of it is gone, which is no error, enable the others one by one."""
+def _enable_batch(batch: _Batch) -> list[NvDriverError]:
+    """Enable a batch; if a channel of it is gone, enable the others one by one."""
     try:
         batch.enable.issue()
     except (StaleHandles, RouteNotPermitted):
-        for channel in _split(batch.channels, 1):
-            try:
-                _call(batch.manager, channel, disable=0).issue()
-            except (StaleHandles, RouteNotPermitted):
-                continue
+        singles = _split(batch.channels, 1)
+        return [error for single in singles for error in _enable_single(batch.manager, single)]
+    except NvDriverError as error:
+        return [error]
+    return []
+
+
+def _enable_single(manager: ResourceManager, single: ChannelSet) -> list[NvDriverError]:
+    """Enable one channel. That it is gone is no error, but the driver must say so twice."""
+    try:
+        _call(manager, single, disable=0).issue()
+    except (StaleHandles, RouteNotPermitted) as error:
+        still_there = manager.find(single.client, single.channels[0], HandleInfo.CLASS) is not None
+        return [error] if still_there else []
+    except NvDriverError as error:
+        return [error]
+    return []

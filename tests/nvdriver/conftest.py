@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nvdriver.api import ChannelGate, GateOptions, ScanLimits, make_grant, open_gate
+from nvdriver.api import ChannelGate, GateOptions, ScanLimits, State, make_grant, open_gate
 from nvdriver.fake import FakeDriver
 from nvdriver.fake_process import FakeContext, FakeProcess
 
@@ -74,6 +74,8 @@ def make_machine(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
     for machine in machines:
         machine.driver.injections.clear()
         for gate in machine.gates:
+            if not gate._host.is_alive:
+                gate._state = State.CLOSED  # a dead process closes nothing; only its thread is left to stop
             gate.close()
 
 

@@ -194,6 +194,17 @@ def test_a_destroyed_context_is_reported_and_the_rest_still_thaws(machine):
     assert all(channel.enabled for channel in other.compute.channels)
 
 
+def test_a_channel_the_driver_denies_but_still_lists_is_not_taken_for_gone(machine):
+    gate = machine.open()
+    gate.freeze()
+    machine.driver.injections.append(Injection(status=Status.INVALID_CHANNEL, command=DISABLE, times=3))
+    with pytest.raises(StaleHandles):
+        gate.thaw()
+    assert gate.state is State.UNSURE and machine.num_disabled == 2  # the other six were enabled all the same
+    gate.check_lease()
+    assert gate.state is State.THAWED and machine.num_disabled == 0
+
+
 def test_close_thaws_lets_go_and_is_final(machine):
     num_files = len(machine.owner.files)
     gate = machine.open()

@@ -1,13 +1,15 @@
 """Fail open: whoever dies or falls silent, the channels run again."""
 
+import contextlib
 import errno
+import random
 import threading
 
 import pytest
 
 from nvdriver.abi import Command
 from nvdriver.api import GateOptions, ScanLimits, State
-from nvdriver.errors import Refused
+from nvdriver.errors import NvDriverError, Refused, Status
 from nvdriver.fake import Injection
 from nvdriver.fake_gpu import ManualClock
 from nvdriver.watchdog import Lease, Watchdog
@@ -200,3 +202,32 @@ def test_a_lease_without_a_heartbeat_lapses_only_past_its_length():
     assert lease.has_lapsed()
     lease.renew()
     assert not lease.has_lapsed()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happened_silence_ends_with_every_channel_running(machine, seed):
+    """Random histories with failing calls. Never frozen in name only, and never frozen for good."""
+    choose = random.Random(seed)
+    word = [0]
+    gate = machine.open(beat=(lambda: word[0]) if seed % 2 else None)
+
+    def fail():
+        applied, times = choose.randrange(9), choose.randrange(1, 4)
+        status = choose.choice([Status.TIMEOUT, Status.INVALID_STATE, Status.INVALID_CHANNEL])
+        machine.driver.injections.append(Injection(status=status, command=DISABLE, applied=applied, times=times))
+
+    def tick():
+        word[0] += 1
+
+    acts = [gate.freeze, gate.thaw, gate.renew, gate.check_lease, lambda: machine.clock.sleep(0.4), fail, tick]
+    for _ in range(60):
+        with contextlib.suppress(NvDriverError):
+            choose.choice(acts)()
+        if gate.is_frozen:
+            assert machine.num_disabled == 8
+        if gate.state is State.THAWED:
+            assert machine.num_disabled == 0
+    machine.driver.injections.clear()
+    machine.clock.sleep(1.1)
+    gate.check_lease()
+    assert machine.num_disabled == 0 and machine.moved_us() == 5000
