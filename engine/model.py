@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.api import Attention, Ops
+from engine.kernels.api import Attention, BatchMeta, Ops
 from engine.spec import ModelSpec, RopeSpec
 from engine.weights import EMBEDDING, LM_HEAD
 
@@ -80,6 +80,10 @@ class Model:
     def rotation(self, positions: torch.Tensor) -> Rotation:
         """[T] int64 -> cos, sin of each position, the same for all layers of a step."""
         return self._cos[positions], self._sin[positions]
+
+    def plan(self, meta: BatchMeta) -> Any:
+        """The attention's handle for one step, see `Attention.plan`."""
+        return self._attention.plan(meta)
 
     def layer(
         self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None, rotation: Rotation, attn_handle: Any

@@ -242,7 +242,7 @@ def _architecture(config: _Fields) -> str:
         if model_type not in _CLASSES.values():
             raise config.error("model_type", f"{model_type!r:.80} is not supported; {known}")
         return model_type
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in _CLASSES:
+    if names not in [[name] for name in _CLASSES]:
         raise config.error("architectures", f"{names!r:.200} is not supported; {known}")
     architecture = _CLASSES[names[0]]
     if model_type not in ("", architecture):
@@ -305,7 +305,7 @@ def _layer_types(config: _Fields, layers: int) -> list[bool] | None:
 
 def _rope(config: _Fields, max_position: int) -> RopeSpec:
     """Both spellings: rope_theta beside rope_scaling (transformers 4) and all in rope_parameters (transformers 5)."""
-    fields = config.section("rope_scaling") or config.section("rope_parameters") or _Fields(config.path, {}, "rope.")
+    fields = config.section("rope_scaling") or config.section("rope_parameters") or _Fields(config.path, {})
     if any(isinstance(value, dict) for value in fields.values.values()):
         raise fields.error("*", "per kind of layer is not supported; one rotary embedding for all layers is")
     theta = fields.number("rope_theta", config.number("rope_theta", 10_000.0))
