@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One attention kernel's shape."""
@@ -79,4 +80,3 @@ def launches(capability: int, head_block: int, dtype: torch.dtype) -> tuple[Laun
     architecture = 80 if capability < 90 or small else 90 if capability < 100 else 100
     size = 256 if small and head_block == 128 else max(64, head_block)
     return _HALF[architecture, size]
-
