@@ -103,21 +103,6 @@ class AllocCall(Record):
     ]
 
 
-class FreeCall(Record):
-    """NVOS00: free an object and all below it."""
-
-    root: int
-    parent: int
-    handle: int
-    status: int
-    _fields_ = [
-        ("root", ctypes.c_uint32),
-        ("parent", ctypes.c_uint32),
-        ("handle", ctypes.c_uint32),
-        ("status", ctypes.c_uint32),
-    ]
-
-
 class VersionCall(Record):
     """nv_ioctl_rm_api_version: with QUERY the driver writes its release into `text`."""
 
@@ -208,7 +193,6 @@ def _request(number: int, record: type[Record]) -> int:
     return 3 << 30 | record.size() << 16 | ord("F") << 8 | number
 
 
-REQUEST_FREE: Final = _request(0x29, FreeCall)
 REQUEST_CONTROL: Final = _request(0x2A, ControlCall)
 REQUEST_ALLOC: Final = _request(0x2B, AllocCall)
 REQUEST_VERSION: Final = _request(0xD2, VersionCall)

@@ -166,8 +166,6 @@ class FakeDriver:
                     self._control(caller, _view(abi.ControlCall, record))
                 case abi.REQUEST_ALLOC:
                     self._alloc_root(caller, _view(abi.AllocCall, record))
-                case abi.REQUEST_FREE:
-                    self._free(caller, _view(abi.FreeCall, record))
                 case abi.REQUEST_VERSION:
                     self._version(_view(abi.VersionCall, record))
                 case _:  # wrong magic, number or size
@@ -214,14 +212,6 @@ class FakeDriver:
         self.skip_clients(1)
         self._clients[handle] = _Client(caller, {handle: _Object(0, call.object_class)})
         call.handle = handle
-        call.status = Status.OK
-
-    def _free(self, caller: Caller, call: abi.FreeCall) -> None:
-        client = self._clients.get(call.root)
-        if client is None or client.owner.file is not caller.file or call.handle != call.root:
-            call.status = Status.INVALID_CLIENT
-            return
-        self._free_client(call.root)
         call.status = Status.OK
 
     def _version(self, call: abi.VersionCall) -> None:

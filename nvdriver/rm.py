@@ -5,8 +5,6 @@ command here may be repeated safely, so an interrupted call is issued again and 
 """
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from nvdriver import abi
 from nvdriver.abi import Command, HandleInfo, Record
@@ -53,7 +51,10 @@ class PreparedCall:
             params=ctypes.addressof(params),
             params_size=params.size(),
         )
-        self._doing = f"{Command(command).name} on client 0x{client:x}"
+        self._doing = Command(command).name
+
+    def aim(self, client: int, target: int) -> None:
+        self._call.client, self._call.object = client, target
 
     def run(self) -> int:
         """Run the call and return its status word; a busy driver is asked twice."""
@@ -84,6 +85,8 @@ class ResourceManager:
 
     def __init__(self, file: DeviceFile) -> None:
         self.file = file
+        self._question = abi.HandleInfoParams()
+        self._lookup = self.prepare(0, 0, Command.CLIENT_GET_HANDLE_INFO, self._question)  # a scan asks many times
 
     def prepare(self, client: int, target: int, command: int, params: Record) -> PreparedCall:
         return PreparedCall(self.file, client, target, command, params)
@@ -93,14 +96,14 @@ class ResourceManager:
 
     def find(self, client: int, handle: int, question: HandleInfo) -> int | None:
         """The class or the parent of one object; None if this file has no such client or the client no such object."""
-        params = abi.HandleInfoParams(object=handle, index=question)
-        call = self.prepare(client, client, Command.CLIENT_GET_HANDLE_INFO, params)
-        status = call.run()
+        self._question.object, self._question.index = handle, question
+        self._lookup.aim(client, client)
+        status = self._lookup.run()
         if status in _NO_SUCH_HANDLE:
             return None
         if status != Status.OK:
             raise from_status(status, "look up a handle")
-        return params.data
+        return self._question.data
 
     def release(self) -> str:
         """The driver release, asked of the driver itself."""
@@ -108,15 +111,10 @@ class ResourceManager:
         _ioctl(self.file, abi.REQUEST_VERSION, call, "ask the driver for its release")
         return call.text.decode("ascii", "replace")
 
-    @contextmanager
-    def root_client(self) -> Iterator[int]:
-        """A client of our own for as long as the block runs; it holds nothing and can name nobody else's objects."""
+    def make_client(self) -> int:
+        """A client of our own. It holds nothing, can name nobody else's objects, and goes with the open file."""
         made = abi.AllocCall(object_class=abi.ROOT_CLIENT)
         _ioctl(self.file, abi.REQUEST_ALLOC, made, "make a client")
         if made.status != Status.OK:
             raise from_status(made.status, "make a client")
-        try:
-            yield made.handle
-        finally:
-            freed = abi.FreeCall(root=made.handle, handle=made.handle)
-            _ioctl(self.file, abi.REQUEST_FREE, freed, "free the client")
+        return made.handle

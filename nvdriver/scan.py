@@ -81,8 +81,7 @@ def _nothing_found(num_channels: int) -> str:
 def _newest_client(host: Host) -> int:
     file = host.open_control()
     try:
-        with ResourceManager(file).root_client() as client:
-            return client
+        return ResourceManager(file).make_client()
     finally:
         file.close()
 

@@ -15,7 +15,6 @@ LAYOUTS = {
         32,
         {"root": 0, "parent": 4, "handle": 8, "object_class": 12, "params": 16, "params_size": 24, "status": 28},
     ),
-    abi.FreeCall: (16, {"root": 0, "parent": 4, "handle": 8, "status": 12}),
     abi.VersionCall: (72, {"command": 0, "reply": 4, "text": 8}),
     abi.HandleInfoParams: (16, {"object": 0, "index": 4, "data": 8}),
     abi.DisableChannelsParams: (
@@ -49,7 +48,6 @@ def test_every_structure_has_a_golden_layout():
 def test_request_numbers():
     assert abi.REQUEST_CONTROL == 0xC020462A
     assert abi.REQUEST_ALLOC == 0xC020462B
-    assert abi.REQUEST_FREE == 0xC0104629
     assert abi.REQUEST_VERSION == 0xC04846D2
 
 

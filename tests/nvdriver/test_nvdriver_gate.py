@@ -167,6 +167,21 @@ def test_a_half_done_freeze_whose_repair_fails_is_repaired_by_the_watchdog(machi
     assert gate.state is State.THAWED and machine.num_disabled == 0
 
 
+def test_an_interrupt_in_the_middle_of_a_freeze_is_repaired_by_the_watchdog(machine):
+    gate = machine.open()
+
+    def interrupt(_command):
+        machine.driver.on_control = None
+        raise KeyboardInterrupt
+
+    machine.driver.on_control = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        gate.freeze()
+    assert not gate.is_frozen and machine.num_disabled == 8
+    gate.check_lease()
+    assert gate.state is State.THAWED and machine.num_disabled == 0
+
+
 @pytest.mark.parametrize("status", [Status.GPU_IS_LOST, Status.RESET_REQUIRED])
 def test_a_lost_device_is_final(machine, status):
     gate = machine.open()

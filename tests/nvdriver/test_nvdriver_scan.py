@@ -61,7 +61,9 @@ def test_only_own_descriptors_are_asked(machine):
 
 def test_two_descriptors_of_one_file_give_one_set(machine):
     machine.owner.files[0].duplicate()
+    before = len(machine.owner.files)
     assert len(scan(machine)) == 1
+    assert len(machine.owner.files) == before
 
 
 def test_a_scan_leaves_no_descriptor_and_no_client_behind(machine):
