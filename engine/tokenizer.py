@@ -66,7 +66,6 @@ class Tokenizer:
         backend = _read_backend(folder / "tokenizer.json")
         config = _read_json(folder / "tokenizer_config.json")
         names = _token_names(_read_json(folder / "special_tokens_map.json")) | _token_names(config)
-        _add_ends(backend, config, names)
         eos = _read_json(folder / "generation_config.json").get("eos_token_id")
         eos_ids = [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
         return cls(backend, names=names, templates=_templates(folder, config), eos_ids=eos_ids)
@@ -78,7 +77,7 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True, *, max_tokens: int | None = None, param: str = "prompt") -> list[int]:
         """The ids of `text`; spellings of control tokens in it become control tokens.
 
-        `add_special` adds what the model wants at the ends of a text (usually its `bos_id`). With `max_tokens` a text
+        `add_special` adds what tokenizer.json wants at the ends of a text (often its `bos_id`). With `max_tokens` a text
         that is far too long for it raises ContextTooLong at once, without being encoded; the exact count is the
         caller's to check. A string that is no Unicode text raises InvalidRequest. Errors name `param`.
         """
@@ -272,19 +271,6 @@ def _declare_special(backend: tokenizers.Tokenizer, spellings: Iterable[str]) ->
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing = [text for text in dict.fromkeys(spellings) if text not in added and backend.token_to_id(text) is not None]
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in missing])
-
-
-def _add_ends(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """`add_bos_token` and `add_eos_token`, where a config says either, replace the post-processor of tokenizer.json."""
-    from tokenizers.processors import TemplateProcessing
-
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    ends = {role: names.get(role) if config.get(f"add_{role}") else None for role in ("bos_token", "eos_token")}
-    ids = {text: backend.token_to_id(text) for text in ends.values() if text is not None}
-    ids = {text: token for text, token in ids.items() if token is not None}
-    before, after = ([text] if text in ids else [] for text in ends.values())
-    backend.post_processor = TemplateProcessing(single=[*before, "$A", *after], special_tokens=list(ids.items()))
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
