@@ -58,6 +58,7 @@ def open_gate(
       it cannot be opened.
     * `grant` alone: the same through our own open file, which a stock driver refuses (see README.md).
 
+    Opening enables the channels, so never open a second gate on a context that another one holds frozen.
     Raises DriverUnavailable.
     """
     host = host or LinuxHost()

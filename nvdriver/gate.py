@@ -166,11 +166,11 @@ class ChannelGate:
 
     def close(self) -> None:
         """Thaw, then give up the channels. Idempotent. If they cannot be enabled, raise and keep the watchdog at it."""
+        # NOTE: within `remapping()` of the same thread, this and thaw() wait until the watchdog calls the remap stuck.
         if self._pid != self._host.pid():
             return  # at exit of a forked child: the gate, and perhaps its lock, belong to the parent
         with self._changed:
-            if self._state in (State.FROZEN, State.UNSURE):
-                self._enable()
+            self.thaw()
             if self._state is State.THAWED:
                 self._restore_time_slice()
             if self._state is not State.CLOSED:
@@ -195,7 +195,7 @@ class ChannelGate:
 
     def _check_usable(self) -> None:
         if self._state is State.CLOSED:
-            raise Refused("the gate is closed: open a new one")
+            raise Refused("the gate is closed, by close() or because the owner of the channels is gone: open a new one")
         if self._state is State.LOST:
             raise DeviceLost("the GPU was lost: restart the worker once the device has recovered")
         self._check_process()

@@ -73,11 +73,12 @@ def test_remapping_is_refused_while_the_channels_may_run(machine):
         pass
 
 
-def test_a_thaw_waits_for_the_remap(machine, slab):
+@pytest.mark.parametrize("end", ["thaw", "close"])
+def test_a_thaw_waits_for_the_remap(machine, slab, end):
     gate = machine.open()
     gate.freeze()
     with gate.remapping():
-        thread = threading.Thread(target=gate.thaw)
+        thread = threading.Thread(target=getattr(gate, end))
         thread.start()
         remap_to_sink(machine)
         assert machine.num_disabled == 8
