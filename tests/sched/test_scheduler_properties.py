@@ -1,0 +1,127 @@
+"""Random lives of many requests on the fake runner: nothing leaks, nothing is scheduled wrong, outputs never depend on it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.clock import ManualClock
+from engine.core import EngineCore
+from engine.fake import FakeRunner, expected_tokens
+from engine.memory.manager import KVManager
+from engine.memory.pages import PagePool
+from engine.sched.policies import POLICIES
+from engine.sched.scheduler import Scheduler
+from engine.types import FinishReason, SamplingParams, Submit, Tenant
+
+PAGE = 4
+VOCAB = 50
+
+
+class Life(RuleBasedStateMachine):
+    """Submit, abort, step, stop between layers, take slabs away and give them back, in any order."""
+
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        slabs=st.integers(3, 8),
+        seqs=st.integers(1, 5),
+        batch=st.integers(1, 24),
+        caching=st.booleans(),
+        protected=st.integers(0, 8),
+    )
+    def build(self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, protected: int) -> None:
+        clock = ManualClock()
+        self.runner = FakeRunner(num_layers=3, vocab_size=VOCAB, page_size=PAGE, clock=clock)
+        self.pool = PagePool(slabs, 3)
+        self.longest = (slabs - 2) * 3 * PAGE  # one slab may be away and the request must still fit
+        kv = KVManager(self.pool, PAGE, prefix_caching=caching, protected=protected)
+        self.scheduler = Scheduler(
+            kv, POLICIES[policy](), clock, max_num_seqs=seqs, max_num_batched_tokens=batch, max_model_len=self.longest
+        )
+        self.stop_at: int | None = None
+        self.core = EngineCore(self.scheduler, self.runner)
+        self.core._stop = lambda layer: layer == self.stop_at  # type: ignore[method-assign]
+        self.submits: dict[str, Submit] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.live: set[str] = set()
+        self.away: int | None = None
+
+    @rule(
+        tenant=st.sampled_from(list(Tenant)),
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20),
+        output=st.integers(1, 12),
+        priority=st.integers(0, 2),
+    )
+    def submit(self, tenant: Tenant, prompt: list[int], output: int, priority: int) -> None:
+        prompt = prompt[: self.longest - 1]
+        name = str(len(self.submits))
+        params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.0)
+        submit = Submit(id=name, tenant=tenant, prompt=tuple(prompt), params=params, seed=0, priority=priority)
+        self.submits[name], self.outputs[name] = submit, []
+        self.live.add(name)
+        self.core.submit(submit)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.live)))
+        (out,) = self.core.abort(name)
+        assert out.finish_reason is FinishReason.ABORT
+        self.live.remove(name)
+
+    @rule(stop_at=st.sampled_from([None, None, 1, 2]))
+    def step(self, stop_at: int | None) -> None:
+        self.stop_at = stop_at
+        self.take(self.core.step())
+
+    @precondition(lambda self: self.away is None)
+    @rule(data=st.data())
+    def lose_slab(self, data: st.DataObject) -> None:
+        self.away = data.draw(st.integers(0, self.pool.num_slabs - 1))
+        self.scheduler.lose_slab(self.away)
+        self.runner.poison(self.pool.slab_pages(self.away))
+
+    @precondition(lambda self: self.away is not None)
+    @rule()
+    def return_slab(self) -> None:
+        self.scheduler.kv.add_slab(self.away)
+        self.away = None
+
+    def take(self, outs: list) -> None:
+        for out in outs:
+            assert out.error is None
+            self.outputs[out.id].append(out.token)
+            if out.finish_reason is not None:
+                assert out.finish_reason is FinishReason.LENGTH
+                self.live.remove(out.id)
+                submit = self.submits[out.id]
+                room = min(submit.params.max_tokens, self.longest - len(submit.prompt))
+                assert self.outputs[out.id] == expected_tokens(submit.prompt, room, VOCAB)
+
+    @invariant()
+    def whole(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def teardown(self) -> None:
+        """Whatever happened, everybody finishes, in bounded time, and every page comes back."""
+        if not hasattr(self, "core"):
+            return
+        if self.away is not None:
+            self.return_slab()
+        self.stop_at = None
+        for _ in range(4000):
+            if not self.core.has_work:
+                break
+            self.take(self.core.step())
+        assert not self.live
+        self.scheduler.check()
+        assert self.pool.num_used() == 0
+
+
+Life.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestLife = pytest.mark.timeout(240)(Life.TestCase)
