@@ -1,0 +1,1 @@
+"""Benchmarks: every published number comes from a command here, which measures its baseline in the same run."""
