@@ -53,9 +53,13 @@ WINDOWS = {
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Any:
+def _calm_torch() -> Any:
+    """No gradients, and one thread: tensors this small are slower with two, much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
+    torch.set_num_threads(threads)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
