@@ -40,7 +40,6 @@ _TENANTS: dict[str, Tenant | None] = {
     "flex": Tenant.OFFLINE,
 }
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_TEMPLATE_KEYS = {"enable_thinking", "thinking", "reasoning_effort"}
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Prompts = tuple[str | tuple[int, ...], ...]
@@ -82,8 +81,10 @@ class ChatBody(Body):
     max_completion_tokens: Int64 | None = None
     logprobs: bool | None = None
     top_logprobs: Int64 | None = None
-    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionBody(Body):
@@ -111,13 +112,11 @@ _COPIED = (
 
 # Fields whose effect is missing here, each with the values that ask for nothing and therefore pass.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "ebnf": (),
     "function_call": ("none",),
@@ -386,16 +385,11 @@ def _logit_bias(table: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _template_kwargs(wire: ChatBody) -> Mapping[str, Any] | None:
-    """Only named switches reach the template, and only as scalars: the rest of its arguments decide what is trusted."""
+    """Switches of the chat template; which of them a request may set is the business of `engine.chat_template`."""
     kwargs = dict(wire.chat_template_kwargs or {})
-    if wire.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", wire.reasoning_effort)
-    for name, value in kwargs.items():
-        param = f"chat_template_kwargs.{name[:64]}"
-        if name not in _TEMPLATE_KEYS:
-            raise unsupported(param, f"{param} is not one of {', '.join(sorted(_TEMPLATE_KEYS))}")
-        if not isinstance(value, bool | str) or len(str(value)) > 64:
-            raise InvalidRequest(f"{param} must be a bool or a short string", param=param, code="invalid_type")
+    for name in ("reasoning_effort", "add_generation_prompt", "continue_final_message"):
+        if (value := getattr(wire, name)) is not None:
+            kwargs[name] = value
     return kwargs or None
 
 

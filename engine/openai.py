@@ -66,7 +66,7 @@ class Answer:
     should_retry: bool | None = None  # None: the status says it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """A submitted call: one generation per prompt, and what its answer needs."""
 
@@ -177,7 +177,7 @@ def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
     tenant = call.tenant or card.tenant
     head = Head(
         id=("chatcmpl-" if call.shape.chat else "cmpl-") + uuid.uuid4().hex,
-        created=int(time.time()),
+        created=int(time.time()),  # noqa: TID251 - a stamp for clients
         model=card.id,
         tier=replies.tier_of(tenant),
         fingerprint=replies.fingerprint(card),
@@ -187,20 +187,25 @@ def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
     try:
         generations.extend(_generations(engine, call, card, tenant, request_id or head.id))
         prompts = tuple(_prompts(call, generations, words))
-    except BaseException:
+    except BaseException as error:
         for generation in generations:
             generation.abort()
+        if call.messages is not None and isinstance(error, InvalidRequest) and error.param == "prompt":
+            error.param = "messages"  # what the caller wrote
         raise
     return Job(call, tenant, head, words, prompts, tuple(generations))
 
 
 def _check_length(call: Call, card: ModelCard) -> None:
-    limit = CHARS_PER_TOKEN * card.max_model_len
-    longest = call.chars if call.messages is not None else max(map(len, call.prompts))
-    if longest > limit:
-        param = "prompt" if call.messages is None else "messages"
+    """Refuse at once what cannot fit, before anybody spends time on it."""
+    limit = card.max_model_len
+    tokens = max((len(prompt) for prompt in call.prompts if not isinstance(prompt, str)), default=0)
+    chars = call.chars if call.messages is not None else max((len(p) for p in call.prompts if isinstance(p, str)), default=0)
+    if tokens >= limit or chars > limit * CHARS_PER_TOKEN:
+        size = f"{tokens} tokens" if tokens else f"{chars} characters"
         raise ContextTooLong(
-            f"the {param} cannot fit the context of {card.max_model_len} tokens: it is longer than {limit}", param=param
+            f"the input has {size} and cannot fit the context of {limit} tokens; shorten it",
+            param="prompt" if call.messages is None else "messages",
         )
 
 

@@ -140,9 +140,7 @@ def completion_body(
     }
 
 
-def _text_choice(
-    shape: Shape, completion: Completion, choice: Choice, index: int, prompt: Prompt, words: Vocabulary
-) -> Json:
+def _text_choice(shape: Shape, completion: Completion, choice: Choice, index: int, prompt: Prompt, words: Vocabulary) -> Json:
     echoed = completion.prompt_logprobs or () if shape.echo else ()
     body: Json = {
         "index": index,
@@ -187,9 +185,7 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], words: Vocabulary) -> Json:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(
-    parts: Iterable[tuple[int, TokenLogprob | None]], words: Vocabulary, offset: int = 0
-) -> dict[str, list[Any]]:
+def text_logprobs(parts: Iterable[tuple[int, TokenLogprob | None]], words: Vocabulary, offset: int = 0) -> dict[str, list[Any]]:
     """The `logprobs` object of a text choice. `offset` is the length of the choice's text before these tokens.
 
     The alternatives include the chosen token and, where two of them read the same, keep the likelier one: lm-eval
@@ -213,9 +209,7 @@ def _alternatives(entry: TokenLogprob, words: Vocabulary) -> dict[str, float]:
     return table
 
 
-def prompt_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], words: Vocabulary
-) -> list[Json | None]:
+def prompt_logprobs(tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], words: Vocabulary) -> list[Json | None]:
     """vLLM's `prompt_logprobs`: for each prompt token a table from token id to its log-probability."""
     return [None if entry is None else _ranked(entry, words) for _, entry in _pairs(tokens, logprobs)]
 

@@ -1,0 +1,71 @@
+"""The table of routes and the aiohttp application made from it.
+
+The table is also the access list: a route is closed unless its row opens it, and a path without a row is closed too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from aiohttp import web
+
+from server import admin, completions, tokens
+from server.admission import Access
+from server.config import ServerConfig
+from server.http import Handler, border, name_response
+from server.service import SERVICE, Service
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+
+class Route(NamedTuple):
+    method: str
+    path: str
+    handler: Handler
+    access: Access = Access.KEY
+
+
+ROUTES = (
+    Route("POST", "/v1/chat/completions", completions.chat),
+    Route("POST", "/v1/completions", completions.completions),
+    Route("GET", "/v1/models", admin.models, Access.MODELS),
+    Route("GET", "/v1/models/{id:.+}", admin.model, Access.MODELS),
+    Route("POST", "/tokenize", tokens.tokenize),
+    Route("POST", "/v1/tokenize", tokens.tokenize),
+    Route("POST", "/detokenize", tokens.detokenize),
+    Route("POST", "/v1/detokenize", tokens.detokenize),
+    Route("GET", "/health", admin.health, Access.PUBLIC),
+    Route("GET", "/ready", admin.ready, Access.PUBLIC),
+    Route("GET", "/ping", admin.health, Access.PUBLIC),
+    Route("GET", "/version", admin.show_version, Access.PUBLIC),
+    Route("GET", "/metrics", admin.metrics, Access.METRICS),
+)
+_ACCESS = {(route.method, route.path): route.access for route in ROUTES}
+
+
+def make_app(engine: Engine | None = None, config: ServerConfig | None = None) -> web.Application:
+    """The application around `engine`, for tests and for embedding. Closing the engine stays the caller's business.
+
+    Run it with `handler_cancellation=True`, or clients that leave go unnoticed until their answer is complete.
+    """
+    return app_of(Service(config or ServerConfig(), engine))
+
+
+def app_of(service: Service) -> web.Application:
+    """The application around a service whose engine may still be loading."""
+    app = web.Application(middlewares=[border(_access_of)], client_max_size=service.config.max_body_size)
+    app[SERVICE] = service
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, route.handler)
+        if route.method == "GET":
+            app.router.add_route("HEAD", route.path, route.handler)
+    app.on_response_prepare.append(name_response)
+    return app
+
+
+def _access_of(request: web.Request) -> Access:
+    """From the route that was resolved, never from the URL as a client wrote it."""
+    resource = request.match_info.route.resource
+    method = "GET" if request.method == "HEAD" else request.method
+    return _ACCESS.get((method, resource.canonical), Access.KEY) if resource is not None else Access.KEY

@@ -1,0 +1,187 @@
+"""POST /v1/chat/completions and /v1/completions: a call from its body to its last byte, and its abort if the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field, replace
+
+from aiohttp import web
+
+from engine.errors import EngineDead, Overloaded, RequestFailed
+from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit
+from engine.replies import Chunks, Json
+from engine.types import Delta, FinishReason
+from server.admission import Refused, clamp_priority
+from server.http import LARGE_BODY, json_response, read_json
+from server.metrics import Metrics
+from server.service import SERVICE, Phase, Service
+from server.sse import EventStream, SlowReader, open_stream
+
+log = logging.getLogger(__name__)
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions"""
+    return await _complete(request, CHAT)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions"""
+    return await _complete(request, COMPLETIONS)
+
+
+async def _complete(request: web.Request, url: str) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    engine = service.engine_for_work()
+    watch = Watch(service.metrics)
+    body = await read_json(request)
+    large = (request.content_length or 0) > LARGE_BODY
+    call = await asyncio.to_thread(parse, url, body) if large else parse(url, body)
+    call = replace(call, priority=clamp_priority(call.priority, service.config))
+    with service.in_flight.hold(request["key"], call.tenant):
+        try:
+            job = await submit(engine, call)
+        except Overloaded as error:
+            raise Refused(error_answer(error, call.tenant)) from None
+        watch.submitted(job)
+        service.jobs.add(job)
+        try:
+            return await (_stream if call.stream else _unary)(request, service, job, watch)
+        except (asyncio.CancelledError, ConnectionError):
+            if service.phase is not Phase.DRAINING:
+                watch.left(request["id"])
+            raise
+        finally:
+            job.abort()
+            service.jobs.discard(job)
+
+
+async def _unary(request: web.Request, service: Service, job: Job, watch: Watch) -> web.StreamResponse:
+    body = await finish(job)
+    for choice in body["choices"]:
+        watch.finished(choice["finish_reason"])
+    watch.end()
+    return json_response(body)
+
+
+async def _stream(request: web.Request, service: Service, job: Job, watch: Watch) -> web.StreamResponse:
+    config = service.config
+    async with open_stream(
+        request, keep_alive_interval=config.sse_keep_alive_interval, write_timeout=config.sse_write_timeout
+    ) as events:
+        try:
+            await _send_all(events, job, watch)
+        except SlowReader:
+            service.metrics.slow_readers.inc()
+            log.info("request %s: its client stopped reading, aborted", request["id"])
+            return events.response
+        except ConnectionError:
+            raise
+        except Exception as error:  # the status is sent already: the stream itself has to tell
+            await _tell_error(events, request, service, error)
+        else:
+            watch.end()
+        await events.done()
+    await events.response.write_eof()
+    return events.response
+
+
+async def _tell_error(events: EventStream, request: web.Request, service: Service, error: Exception) -> None:
+    body = error_answer(error).body
+    service.metrics.stream_errors.labels(body["error"]["code"]).inc()
+    if not isinstance(error, RequestFailed | EngineDead):
+        log.exception("request %s failed in its stream", request["id"])
+    await events.send(body)
+
+
+async def _send_all(events: EventStream, job: Job, watch: Watch) -> None:
+    """Every delta of every prompt, then the usage. Raises what ended a generation early."""
+    chunks = job.chunks()
+    if len(job.generations) == 1:
+        await _pump(events, job, 0, chunks, watch)
+    else:
+        tasks = [asyncio.create_task(_pump(events, job, i, chunks, watch)) for i in range(len(job.generations))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    if job.call.shape.include_usage:
+        await events.send(chunks.usage([generation.usage for generation in job.generations]))
+
+
+async def _pump(events: EventStream, job: Job, index: int, chunks: Chunks, watch: Watch) -> None:
+    async for delta in job.generations[index]:
+        watch.delta((index, delta.index), delta)
+        if delta.finish_reason is FinishReason.ERROR:
+            raise RequestFailed(delta.error or "the request failed")
+        if delta.finish_reason is FinishReason.ABORT:
+            raise aborted()
+        made: list[Json] = chunks.push(index, delta)
+        await events.send(*made)
+
+
+@dataclass(slots=True)
+class _Timing:
+    """When a choice's tokens came: the first ones, the last ones, and how many after the first delivery."""
+
+    first: float
+    last: float
+    later_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Watch:
+    """What one call tells the metrics. Times count from the arrival of its headers."""
+
+    metrics: Metrics
+    started: float = field(default_factory=time.monotonic)
+    job: Job | None = None
+    labels: tuple[str, str] = ("", "")
+    choices: dict[tuple[int, int], _Timing] = field(default_factory=dict)
+
+    def submitted(self, job: Job) -> None:
+        self.job = job
+        self.labels = (job.head.model, job.tenant.value)
+        self.metrics.params_n.labels(*self.labels).observe(job.call.params.n)
+        if job.call.params.max_tokens is not None:
+            self.metrics.params_max_tokens.labels(*self.labels).observe(job.call.params.max_tokens)
+
+    def delta(self, choice: tuple[int, int], delta: Delta) -> None:
+        """New output of a stream. Tokens that were merged for a slow reader share their time."""
+        now, count = time.monotonic(), len(delta.tokens)
+        timing = self.choices.get(choice)
+        if timing is None and count:
+            self.metrics.ttft.labels(*self.labels).observe(now - self.started)
+            timing = self.choices[choice] = _Timing(first=now, last=now)
+        elif timing is not None and count:
+            for _ in range(count):
+                self.metrics.itl.labels(*self.labels).observe((now - timing.last) / count)
+            timing.last, timing.later_tokens = now, timing.later_tokens + count
+        if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.finished(delta.finish_reason)
+            if timing is not None and timing.later_tokens:
+                self.metrics.tpot.labels(*self.labels).observe((timing.last - timing.first) / timing.later_tokens)
+
+    def finished(self, reason: str) -> None:
+        self.metrics.success.labels(*self.labels, str(reason)).inc()
+
+    def end(self) -> None:
+        """The answer is complete."""
+        assert self.job is not None
+        self.metrics.e2e.labels(*self.labels).observe(time.monotonic() - self.started)
+        for generation in self.job.generations:
+            usage = generation.usage
+            self.metrics.prompt_tokens.labels(*self.labels).observe(usage.prompt_tokens)
+            self.metrics.output_tokens.labels(*self.labels).observe(usage.completion_tokens)
+
+    def left(self, request_id: str) -> None:
+        """The client went away before the end."""
+        assert self.job is not None
+        done = sum(generation.usage.completion_tokens for generation in self.job.generations)
+        self.metrics.disconnects.labels("decode" if done else "prefill").inc()
+        self.metrics.success.labels(*self.labels, "abort").inc()
+        log.info("request %s (%s): aborted by its client after %d tokens", request_id, self.job.head.id, done)

@@ -1,0 +1,66 @@
+"""Log lines: text or JSON, one line each whatever is in them, and nothing that a client could forge."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import unicodedata
+
+_MAX_CHARS = 8192
+
+
+def escape(text: str) -> str:
+    """`text` with control, format and line-separating characters spelled out, so that it stays one line."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if unicodedata.category(char)[0] not in "CZ" or char == " " else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = f"{stamp}.{int(record.msecs):03d}Z {record.levelname.lower()} {record.name}: "
+        line += escape(record.getMessage()[:_MAX_CHARS])
+        if record.exc_info:
+            # A traceback is ours and keeps its lines, yet the message at its end may quote a client.
+            line += "\n" + "\n".join(escape(part) for part in self.formatException(record.exc_info).split("\n"))
+        return line
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage()[:_MAX_CHARS],
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+class _NoTraceback(logging.Filter):
+    """aiohttp logs a traceback for each malformed request; a line says enough, and a client chooses how many there are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        return True
+
+
+def setup_logging(form: str, level: str) -> None:
+    """Send all log lines to stderr in one form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    quiet = logging.getLogger("aiohttp.server")
+    quiet.addFilter(_NoTraceback())
+    logging.getLogger("aiohttp").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -1,0 +1,166 @@
+"""What /metrics tells: the server's own counters and histograms, the engine's numbers at scrape time, and vLLM's names.
+
+Everything is defined here once, as `sluice_...` with labels `model_name` and `tenant`. The `vllm:` aliases are made from the
+same samples: of the online tenant alone, because routers read queue and KV memory as load, and offline work gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.types import Tenant
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+_LABELS = ("model_name", "tenant")
+_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0)
+_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_GAUGES = {
+    "num_requests_running": "Requests being computed",
+    "num_requests_waiting": "Requests waiting for their turn",
+    "kv_cache_usage_perc": "Share of the KV memory that running requests hold, 0 to 1",
+}
+_COUNTERS = {
+    "prompt_tokens": "Prompt tokens of requests that reached their first token",
+    "generation_tokens": "Tokens generated",
+    "computed_tokens": "Tokens whose KV was computed, again included",
+    "recomputed_tokens": "Tokens computed again after they were lost",
+    "num_preemptions": "Times a running request gave way",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache",
+}
+_ALIASED = {
+    "cache_config_info",
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prompt_tokens",
+    "generation_tokens",
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "request_success",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+}
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own."""
+
+    def __init__(self, compat: str = "vllm") -> None:
+        self.registry = registry = CollectorRegistry()
+        self._engine = _EngineNumbers()
+
+        def histogram(name: str, text: str, buckets: Iterable[float], labels: tuple[str, ...] = _LABELS) -> Histogram:
+            return Histogram(f"sluice_{name}", text, labels, buckets=tuple(buckets), registry=registry)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
+            return Counter(f"sluice_{name}", text, labels, registry=registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token; streamed requests only", _SECONDS)
+        self.itl = histogram("inter_token_latency_seconds", "Time between tokens of a stream", _TOKEN_SECONDS)
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first, per stream", _TOKEN_SECONDS
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to end of a request", _SECONDS)
+        self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request", _COUNTS)
+        self.output_tokens = histogram("request_generation_tokens", "Output tokens of a request", _COUNTS)
+        self.params_n = histogram("request_params_n", "n of a request", _COUNTS)
+        self.params_max_tokens = histogram("request_params_max_tokens", "max_tokens of a request, where given", _COUNTS)
+        self.success = counter("request_success", "Finished choices", (*_LABELS, "finished_reason"))
+        self.http = counter("http_requests", "HTTP requests answered", ("route", "method", "status"))
+        self.http_seconds = histogram("http_request_duration_seconds", "Time to the end of an answer", _SECONDS, ("route",))
+        self.disconnects = counter("client_disconnects", "Requests whose client left before the end", ("phase",))
+        self.slow_readers = counter("sse_backpressure_aborts", "Streams aborted because nobody read them", ())
+        self.stream_errors = counter("stream_errors", "Streams that ended with an error event", ("code",))
+        self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop ran a timer", _TOKEN_SECONDS, ())
+        self.in_flight = Gauge("sluice_http_in_flight", "Inference requests in flight", registry=registry)
+        ProcessCollector(registry=registry)
+        registry.register(self._engine)
+        self._aliases = CollectorRegistry()
+        if compat == "vllm":
+            self._aliases.register(_VllmNames(registry))
+
+    def watch(self, engine: Engine) -> None:
+        """Export the numbers of `engine` from now on."""
+        self._engine.engine = engine
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return bytes(generate_latest(self.registry) + generate_latest(self._aliases))
+
+
+class _EngineNumbers(Collector):
+    """`engine.stats()` at the time of the scrape."""
+
+    engine: Engine | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        if self.engine is None:
+            return
+        stats = self.engine.stats()
+        names = {tenant: self.engine.resolve(None, tenant).id for tenant in Tenant}
+        gauges: dict[str, GaugeMetricFamily] = {}
+        counters: dict[str, CounterMetricFamily] = {}
+        for name, text in _GAUGES.items():
+            gauges[name] = GaugeMetricFamily(f"sluice_{name}", text, labels=_LABELS)
+        for name, text in _COUNTERS.items():
+            counters[name] = CounterMetricFamily(f"sluice_{name}", text, labels=_LABELS)
+        for tenant, part in stats.tenants.items():
+            labels = (names[tenant], tenant.value)
+            gauges["num_requests_running"].add_metric(labels, part.running)
+            gauges["num_requests_waiting"].add_metric(labels, part.waiting)
+            gauges["kv_cache_usage_perc"].add_metric(labels, part.kv_pages / max(1, stats.kv_pages))
+            counters["prompt_tokens"].add_metric(labels, part.counters.prompt_tokens)
+            counters["generation_tokens"].add_metric(labels, part.counters.generated_tokens)
+            counters["computed_tokens"].add_metric(labels, part.counters.computed_tokens)
+            counters["recomputed_tokens"].add_metric(labels, part.counters.recomputed_tokens)
+            counters["num_preemptions"].add_metric(labels, part.counters.preemptions)
+            counters["prefix_cache_queries"].add_metric(labels, part.prefix_queries)
+            counters["prefix_cache_hits"].add_metric(labels, part.prefix_hits)
+        yield from gauges.values()
+        yield from counters.values()
+        pages = GaugeMetricFamily("sluice_kv_pages", "Pages of KV memory", labels=("state",))
+        pages.add_metric(("total",), stats.kv_pages)
+        pages.add_metric(("free",), stats.kv_pages_free)
+        pages.add_metric(("cached",), stats.kv_pages_cached)
+        yield pages
+        info = GaugeMetricFamily(
+            "sluice_cache_config_info", "KV memory", labels=("model_name", "tenant", "block_size", "num_gpu_blocks")
+        )
+        online = names[Tenant.ONLINE], Tenant.ONLINE.value
+        info.add_metric((*online, str(stats.page_size), str(stats.kv_pages)), 1)
+        yield info
+
+
+class _VllmNames(Collector):
+    """The same samples under the names that dashboards, autoscalers and benchmarks already look for."""
+
+    def __init__(self, source: CollectorRegistry) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._source.collect():
+            name = family.name.removeprefix("sluice_")
+            if name not in _ALIASED:
+                continue
+            alias = Metric(f"vllm:{name}", family.documentation, family.type)
+            for sample in family.samples:
+                if sample.labels.get("tenant") == Tenant.ONLINE.value and not sample.name.endswith("_created"):
+                    labels = {key: value for key, value in sample.labels.items() if key != "tenant"} | {"engine": "0"}
+                    alias.add_sample(sample.name.replace("sluice_", "vllm:", 1), labels, sample.value)
+            yield alias

@@ -1,0 +1,170 @@
+"""The life of a server process: port, model, requests, drain, exit.
+
+Order: the port is bound first, so that a mistake shows at once and probes get an honest 503; then the model loads in a
+thread; on the first SIGTERM or SIGINT new work is refused and what is in flight may finish; on the second everything ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from engine.config import EngineConfig
+from engine.errors import SluiceError
+from server.admission import Connections
+from server.app import app_of
+from server.config import ServerConfig
+from server.service import Phase, Service
+from server.status import report_status, watch_loop_lag
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+log = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED, EXIT_SETUP = 0, 1, 2
+_DEATH_GRACE = 1.0  # seconds in which streams hear that the engine died
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serve until a signal ends it. Returns the exit status."""
+    try:
+        listener = bind(config.host, config.port)
+    except OSError as error:
+        log.error("cannot listen on %s port %d: %s", config.host, config.port, error)
+        return EXIT_SETUP
+    with listener:
+        return asyncio.run(_Process(engine_config, config, listener).run())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening. Raises OSError."""
+    family, kind, proto, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class _Process:
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> None:
+        self.engine_config = engine_config
+        self.config = config
+        self.listener = listener
+        self.service = Service(config)
+        self.stop = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        app = app_of(self.service)
+        runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=self.config.keep_alive_timeout,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        assert runner.server is not None
+        self.service.connections = Connections(runner.server, self.config)
+        server = await loop.create_server(self.service.connections, sock=self.listener, backlog=1024)
+        try:
+            return await self._live()
+        finally:
+            server.close()
+            await runner.cleanup()
+
+    def _on_signal(self, number: int) -> None:
+        if self.stop.is_set():
+            log.warning("second signal: leaving at once")
+            _leave(128 + number)
+        log.info("%s: shutting down", signal.Signals(number).name)
+        self.stop.set()
+
+    async def _live(self) -> int:
+        host, port = self.listener.getsockname()[:2]
+        log.info("listening on http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, self.engine_config.model)
+        stop = asyncio.create_task(self.stop.wait())
+        loading = self._load()
+        await asyncio.wait((stop, loading), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            log.info("stopped while loading")
+            _leave(EXIT_OK)  # the loading thread cannot be asked to stop, and nothing depends on it
+        try:
+            engine = loading.result()
+        except SluiceError as error:
+            log.error("cannot load the model: %s", error)
+            return EXIT_SETUP
+        except Exception:
+            log.exception("cannot load the model")
+            return EXIT_FAILED
+        self.service.start(engine)
+        try:
+            return await self._serve(engine, stop)
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    def _load(self) -> asyncio.Future[Engine]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Engine] = loop.create_future()
+
+        def load() -> None:
+            try:
+                from engine import Engine
+
+                engine = Engine(config=self.engine_config)
+            except BaseException as error:  # whatever it is, the process waits for this thread
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, engine)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+        return future
+
+    async def _serve(self, engine: Engine, stop: asyncio.Task[bool]) -> int:
+        seconds = time.monotonic() - self.service.started
+        log.info("ready after %.1f s: %s", seconds, ", ".join(card.id for card in engine.models))
+        dead = asyncio.create_task(_death(engine))
+        helpers = [
+            dead,
+            asyncio.create_task(report_status(engine)),
+            asyncio.create_task(watch_loop_lag(self.service.metrics)),
+        ]
+        try:
+            await asyncio.wait((stop, dead), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for helper in helpers:
+                helper.cancel()
+        if not stop.done():
+            log.critical("the engine died; leaving")
+            await asyncio.sleep(_DEATH_GRACE)
+            return EXIT_FAILED
+        self.service.phase = Phase.DRAINING
+        log.info("draining %d requests, for %g s at most", self.service.in_flight.total, self.config.shutdown_timeout)
+        await self.service.drain(self.config.shutdown_timeout)
+        log.info("bye")
+        return EXIT_OK
+
+
+async def _death(engine: Engine) -> None:
+    while engine.alive:
+        await asyncio.sleep(0.25)
+
+
+def _leave(status: int) -> None:
+    logging.shutdown()
+    os._exit(status)

@@ -1,0 +1,92 @@
+"""The state that all handlers share: the engine once it is there, where the server stands, and what is in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from engine.openai import Answer, Job, error_body
+from server.admission import Connections, InFlight, Keys, Refused
+from server.config import ServerConfig
+from server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+class Phase(enum.Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class Service:
+    """One server. `engine` is None until the model is loaded."""
+
+    def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
+        self.config = config
+        self.metrics = Metrics(config.metrics_compat)
+        self.keys = Keys(config)
+        self.in_flight = InFlight(config)
+        self.metrics.in_flight.set_function(lambda: self.in_flight.total)
+        self.jobs: set[Job] = set()
+        self.connections: Connections | None = None  # where the server owns its socket
+        self.phase = Phase.LOADING
+        self.started = time.monotonic()
+        self._engine: Engine | None = None
+        if engine is not None:
+            self.start(engine)
+
+    def start(self, engine: Engine) -> None:
+        """The model is loaded: serve it."""
+        self._engine = engine
+        self.metrics.watch(engine)
+        self.phase = Phase.READY
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises Refused (503) while it loads and after it died."""
+        if self._engine is None:
+            seconds = time.monotonic() - self.started
+            raise _unavailable(f"the model is being loaded, for {seconds:.0f} s so far", "model_loading", 2.0)
+        if not self._engine.alive and self.phase is not Phase.DRAINING:
+            raise _unavailable("the engine stopped", "engine_dead", 5.0)
+        return self._engine
+
+    def engine_for_work(self) -> Engine:
+        """The engine, if it takes new requests."""
+        engine = self.engine
+        if self.phase is Phase.DRAINING:
+            raise _unavailable("the server is shutting down", "shutting_down", 5.0)
+        return engine
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new work, wait for what is in flight, and abort what is left after `timeout` seconds."""
+        self.phase = Phase.DRAINING
+        if await self._idle_within(timeout):
+            return True
+        log.warning("aborting %d requests still in flight after %g s", self.in_flight.total, timeout)
+        for job in tuple(self.jobs):
+            job.abort()
+        await self._idle_within(2.0)
+        return False
+
+    async def _idle_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.in_flight.total and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not self.in_flight.total
+
+
+def _unavailable(message: str, code: str, retry_after: float) -> Refused:
+    return Refused(Answer(503, error_body(message, "server_error", code), retry_after))
+
+
+SERVICE = web.AppKey("service", Service)

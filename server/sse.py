@@ -1,0 +1,82 @@
+"""One event stream to one client: events out, comments while it is silent, an end in every case.
+
+The engine never waits for a socket: a generation merges what its reader has not taken, the transport's buffer is bounded by
+aiohttp's high-water mark, and a client that reads nothing for `sse_write_timeout` loses its connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+_DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+class SlowReader(Exception):
+    """The client has not read for too long; its connection is gone."""
+
+
+class EventStream:
+    """Use `open_stream`. Events are sent by one task at a time or by several: each write is whole."""
+
+    def __init__(self, request: web.Request, response: web.StreamResponse, write_timeout: float) -> None:
+        self.response = response
+        self._request = request
+        self._write_timeout = write_timeout
+        self._clock: Callable[[], float] = asyncio.get_running_loop().time
+        self._last_write = self._clock()
+
+    async def send(self, *events: Any) -> None:
+        """Send each of `events` as one `data:` line. Raises SlowReader or ConnectionError when nobody is there."""
+        if events:
+            await self._write(b"".join(b"data: " + _encode(event) + b"\n\n" for event in events))
+
+    async def done(self) -> None:
+        """The last event."""
+        await self._write(_DONE)
+
+    async def _write(self, data: bytes) -> None:
+        self._last_write = self._clock()
+        try:
+            async with asyncio.timeout(self._write_timeout or None):
+                await self.response.write(data)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise SlowReader from None
+
+    async def _keep_alive(self, interval: float) -> None:
+        while True:
+            idle = self._clock() - self._last_write
+            if idle < interval:
+                await asyncio.sleep(interval - idle)
+            else:
+                await self._write(_KEEP_ALIVE)
+
+
+@contextlib.asynccontextmanager
+async def open_stream(request: web.Request, *, keep_alive_interval: float, write_timeout: float) -> AsyncIterator[EventStream]:
+    """Send the headers and keep the stream alive inside the block. `[DONE]` stays the caller's business."""
+    response = web.StreamResponse(headers=HEADERS)
+    stream = EventStream(request, response, write_timeout)
+    await response.prepare(request)
+    ticker = asyncio.create_task(stream._keep_alive(keep_alive_interval)) if keep_alive_interval else None
+    try:
+        yield stream
+    finally:
+        if ticker is not None:
+            ticker.cancel()
+            # A write that failed has closed the connection, of which this task hears by being cancelled.
+            await asyncio.gather(ticker, return_exceptions=True)
