@@ -339,8 +339,9 @@ class Progress:
 
     def summary(self) -> str:
         ran = self._clock.now() - self._began
-        text = f"{len(self._log.done)} lines, {self._log.out.count} ok, {self._log.errors.count} failed"
-        if self._log.errors.count:
+        ok, failed = self._log.out.count, self._log.errors.count
+        text = f"{ok + failed} lines, {ok} ok, {failed} failed"
+        if failed:
             text += f" (see {self._log.errors.path})"
         return f"{text}; {self.tokens} tokens in {_duration(ran)} ({self._speed()} tok/s)"
 
@@ -441,13 +442,13 @@ class Job:
         return first
 
     def _check_paths(self) -> None:
-        outputs = {self.out, errors_path(self.out), state_path(self.out)}
-        if any(path.exists() and self.source.exists() and path.samefile(self.source) for path in outputs):
-            raise JobError(f"the input {self.source} would be overwritten; choose another -o")
         if self.out.exists() and not self.out.is_file():
             raise JobError(f"the output {self.out} is not a regular file")
         if not self.out.parent.is_dir():
             raise JobError(f"the folder of the output {self.out} does not exist; create it first")
+        outputs = (self.out, errors_path(self.out), state_path(self.out))
+        if any(path.exists() and self.source.exists() and path.samefile(self.source) for path in outputs):
+            raise JobError(f"the input {self.source} would be overwritten; choose another -o")
 
     def _validate(self, facts: InputFacts) -> None:
         bad = (line for line in read_lines(self.source, facts, self.args.max_line_bytes) if isinstance(line, BadLine))

@@ -94,12 +94,17 @@ class AppendLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.count = 0  # records
         self._fd: int | None = None
         self._durable = 0  # bytes known to be on disk
+        self._durable_count = 0  # the records in them
         self._unsynced: list[bytes] = []
         self._written = 0  # of those, already in the file
         self._torn = False  # the file may end in something else than the last written record
+
+    @property
+    def count(self) -> int:
+        """Records in the file."""
+        return self._durable_count + self._written
 
     @property
     def num_unsynced(self) -> int:
@@ -108,7 +113,6 @@ class AppendLog:
     def add(self, blob: bytes) -> None:
         """Take over a record; `push` writes it."""
         self._unsynced.append(blob)
-        self.count += 1
 
     def scan(self, job: str) -> Iterable[int]:
         """Line numbers of the records in the file; cuts off a torn last one. Raises JobError for any other content."""
@@ -127,20 +131,27 @@ class AppendLog:
                         "request run again, or start anew with --restart (keeps the old files) or --overwrite"
                     )
                 self._durable += len(raw)
-                self.count += 1
+                self._durable_count += 1
                 yield int(match[2])
 
     def push(self) -> None:
         """Write what is not in the file yet. After an OSError call it again: it first removes what it left half done."""
         fd = self._open()
         if self._torn:
-            os.ftruncate(fd, self._durable + sum(map(len, self._unsynced[: self._written])))
-        blob = b"".join(self._unsynced[self._written :])
+            os.ftruncate(fd, self._end)
+        fresh = self._unsynced[self._written :]
+        blob, taken = memoryview(b"".join(fresh)), 0
         self._torn = True  # until all of it is in
-        while blob:
-            blob = blob[os.write(fd, blob) :]
-        self._written = len(self._unsynced)
-        self._torn = False
+        try:
+            while taken < len(blob):
+                taken += os.write(fd, blob[taken:])
+            self._torn = False
+        finally:
+            for size in map(len, fresh):
+                if taken < size:
+                    break
+                taken -= size
+                self._written += 1
 
     def sync(self) -> None:
         """Make everything written durable. After an OSError `push` writes all of it again."""
@@ -149,7 +160,8 @@ class AppendLog:
         except OSError:
             self._written, self._torn = 0, True
             raise
-        self._durable += sum(map(len, self._unsynced[: self._written]))
+        self._durable = self._end
+        self._durable_count += self._written
         del self._unsynced[: self._written]
         self._written = 0
 
@@ -158,9 +170,14 @@ class AppendLog:
             return
         if self._torn:
             with contextlib.suppress(OSError):  # the next start does it too
-                os.ftruncate(self._fd, self._durable + sum(map(len, self._unsynced[: self._written])))
+                os.ftruncate(self._fd, self._end)
         os.close(self._fd)
         self._fd = None
+
+    @property
+    def _end(self) -> int:
+        """Where the last whole record ends."""
+        return self._durable + sum(map(len, self._unsynced[: self._written]))
 
     def _open(self) -> int:
         if self._fd is None:

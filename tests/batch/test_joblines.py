@@ -175,7 +175,7 @@ def test_seen_ids_is_a_set(texts: list[str]) -> None:
 
 
 def test_seen_ids_costs_little() -> None:
-    seen, count = SeenIds(), 100_000
+    seen, count = SeenIds(), 20_000
     tracemalloc.start()
     try:
         assert all(seen.add(f"request-{number}") for number in range(count))

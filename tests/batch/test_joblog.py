@@ -221,12 +221,13 @@ def test_giving_up_on_a_full_disk_loses_nothing(small_disk: Path) -> None:
     log.commit([record(1, padding=100_000)])
     with pytest.raises(OutputBlocked, match="No space left"):
         log.commit([record(2, padding=100_000), record(3, padding=100_000)])
-    assert 2 not in log.done
+    assert 3 not in log.done and log.out.count == 2
     log.close()
-    assert ids(small_disk / "out.jsonl") == ["id-1"]  # no torn end is left behind
+    assert ids(small_disk / "out.jsonl") == ["id-1", "id-2"]  # what fitted is kept, and no torn end left behind
     with open_log(small_disk) as log:
-        log.commit([record(2, padding=50_000)])
-    assert ids(small_disk / "out.jsonl") == ["id-1", "id-2"]
+        assert 2 in log.done
+        log.commit([record(3, padding=20_000)])
+    assert ids(small_disk / "out.jsonl") == ["id-1", "id-2", "id-3"]
 
 
 def test_an_interrupt_ends_the_wait_for_the_disk(small_disk: Path) -> None:

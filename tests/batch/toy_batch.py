@@ -1,7 +1,7 @@
 """engine.batch in a process of its own with a trivial backend: starts in no time, so that a test can kill it many times.
 
 The answer to a line depends on its content alone. A `model` of "missing" is a 404, "busy" is refused once, "dead" ends the
-engine, "slow" takes ten seconds.
+engine, "slow" takes ten seconds. TOY_BROKEN in the environment: it does not load.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ DELAY = float(os.environ.get("TOY_DELAY", "0"))  # seconds, at most, for each li
 
 class Toy:
     def __init__(self, config: object) -> None:
+        if "TOY_BROKEN" in os.environ:
+            raise RuntimeError("no device")
         self._refused: set[str] = set()
 
     async def answer(self, line: JobLine, request_id: str) -> Answer:
