@@ -1,0 +1,158 @@
+"""Gates: stop and restart the offline worker's compute from outside. One file, since both CPU rungs fit on a page.
+
+A gate says what it asks of the worker; whether the worker really stands still is shown by `probe`, never taken from a success
+code: a word that the worker advances must stop advancing. Freezing is idempotent and never waits for the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.colocate.control import ControlPage, Word
+
+
+class Gate(Protocol):
+    """Both calls return at once, may be repeated and may come from any thread, one at a time."""
+
+    name: str
+
+    def freeze(self) -> None: ...
+
+    def thaw(self) -> None: ...
+
+
+class ProcessGate:
+    """SIGSTOP and SIGCONT: stops the worker in the middle of whatever it computes."""
+
+    name = "process"
+
+    def __init__(self, control: ControlPage, pid: int) -> None:
+        self._control = control
+        self._pid = pid
+
+    def freeze(self) -> None:
+        # The word goes first: a guardian that looks in between sees a frozen worker with a living owner.
+        self._control[Word.FROZEN] = 1
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._control[Word.FROZEN] = 0
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.kill(self._pid, number)
+        except ProcessLookupError:
+            return  # it died; whoever waits for it will notice
+
+
+class LayerGate:
+    """A word of the control page that the worker polls at each layer boundary: stops it within one layer."""
+
+    name = "layer"
+
+    def __init__(self, control: ControlPage) -> None:
+        self._control = control
+
+    def freeze(self) -> None:
+        self._control[Word.FROZEN] = 1
+
+    def thaw(self) -> None:
+        self._control[Word.FROZEN] = 0
+
+
+class NoGate:
+    """Lets the worker run always: the baseline, and what is left when no rung works."""
+
+    name = "none"
+
+    def freeze(self) -> None:
+        pass
+
+    def thaw(self) -> None:
+        pass
+
+
+GATES = ("process", "layer", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """Whether the gate stopped the worker every time, and how fast (seconds, one entry per trial)."""
+
+    gate: str
+    works: bool
+    freeze: tuple[float, ...]
+    thaw: tuple[float, ...]
+
+    def __str__(self) -> str:
+        if not self.works:
+            return f"gate {self.gate}: does not stop the worker"
+        return (
+            f"gate {self.gate}: freeze p50 {_ms(self.freeze, 0.5)}, p99 {_ms(self.freeze, 0.99)}; "
+            f"thaw p50 {_ms(self.thaw, 0.5)}, p99 {_ms(self.thaw, 0.99)} ({len(self.freeze)} trials)"
+        )
+
+
+def _ms(samples: tuple[float, ...], quantile: float) -> str:
+    ordered = sorted(samples)
+    return f"{ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] * 1e3:.3f} ms" if ordered else "-"
+
+
+def probe(gate: Gate, control: ControlPage, *, trials: int = 20, hold: float = 0.005) -> ProbeResult:
+    """Freeze and thaw a worker that is making progress (it spins while probed) and watch its progress word.
+
+    A trial counts as stopped if the word does not move for `hold` seconds after the freeze has settled. Freeze latency is from
+    the call to the last progress the worker made, thaw latency from the call to its first progress after.
+    """
+    freezes: list[float] = []
+    thaws: list[float] = []
+    works = _wait(lambda: _moving(control), 1.0)
+    for _ in range(trials if works else 0):
+        called = time.monotonic_ns()
+        gate.freeze()
+        time.sleep(hold)
+        before = control[Word.PROGRESS]
+        stopped_at = control[Word.PROGRESS_NS]
+        time.sleep(hold)
+        works = control[Word.PROGRESS] == before
+        thawed = time.monotonic_ns()
+        gate.thaw()
+        resumed_at = _next_progress(control, before)
+        if not works:
+            break
+        works = _wait(lambda: _moving(control), 1.0)
+        freezes.append(max(0, stopped_at - called) / 1e9)
+        thaws.append(max(0, resumed_at - thawed) / 1e9)
+    return ProbeResult(gate.name, works, tuple(freezes), tuple(thaws))
+
+
+def cost_of(result: ProbeResult) -> float:
+    """Seconds one preemption costs: a typical freeze plus a typical thaw."""
+    return statistics.median(result.freeze) + statistics.median(result.thaw) if result.freeze else 0.0
+
+
+def _next_progress(control: ControlPage, before: int) -> int:
+    """Monotonic ns of the progress seen first after `before` changes (or of the last one, if it does not within a second)."""
+    _wait(lambda: control[Word.PROGRESS] != before, 1.0)
+    return control[Word.PROGRESS_NS]
+
+
+def _moving(control: ControlPage) -> bool:
+    before = control[Word.PROGRESS]
+    time.sleep(0.001)
+    return control[Word.PROGRESS] != before
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds  # noqa: TID251
+    while not condition():
+        if time.monotonic() >= deadline:  # noqa: TID251
+            return False
+    return True
