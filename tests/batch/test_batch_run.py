@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 from helpers import tiny_checkpoint
 
-from engine.batch import Progress, seeded
+from engine.batch import seeded
 from engine.clock import ManualClock
 from engine.joblog import JobLog
+from engine.jobrun import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = [sys.executable, str(ROOT / "tests" / "batch" / "toy_batch.py")]
