@@ -79,14 +79,14 @@ def attend_tiles(
     dims = tl.arange(0, BLOCK_D)
     whole: tl.constexpr = HEAD_DIM == BLOCK_D
     zero = tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32)
+    # Pages are read a tile ahead: were they read where they are used, the compiler would spend its pipeline stages on them
+    # and keep fewer keys and values in flight.
+    page = tl.load(table_ptr + (begin + keys) // PAGE_SIZE, mask=begin + keys < kv_end, other=0)
     for start in range(begin, end, BLOCK_N):
         key = start + keys
-        if MASKED:
-            page = tl.load(table_ptr + key // PAGE_SIZE, mask=key < kv_end, other=0)
-        else:
-            page = tl.load(table_ptr + key // PAGE_SIZE)
         # Page ids times the stride of a page overflow 32 bits.
         at = (page.to(tl.int64) * page_stride + (key % PAGE_SIZE) * TOKEN)[:, None] + dims[None, :]
+        page = tl.load(table_ptr + (key + BLOCK_N) // PAGE_SIZE, mask=key + BLOCK_N < kv_end, other=0)
         if MASKED:
             # Values past the end may be anything, not-a-number too: they are not read, for 0 * NaN is NaN.
             inside = (key < kv_end)[:, None] & (dims < HEAD_DIM)[None, :]

@@ -46,17 +46,14 @@ def _decode(block_n: int, num_stages: int, resident: int) -> Launch:
     return Launch(16, block_n, 4, num_stages, resident, min_keys=256)
 
 
-# (architecture, padded head size) -> (prefill, decode) for two-byte types.
+# (architecture, padded head size) -> (prefill, decode) for two-byte types. Larger prefill tiles spill registers.
 _HALF: dict[tuple[int, int], tuple[Launch, Launch]] = {
     (80, 64): (_prefill(128, 64, 4, 3, 2), _decode(64, 4, 3)),
     (80, 128): (_prefill(128, 64, 8, 3, 1), _decode(64, 3, 2)),
-    (80, 256): (_prefill(64, 32, 4, 2, 1), _decode(32, 2, 2)),
-    (90, 64): (_prefill(128, 128, 4, 3, 2), _decode(64, 4, 4)),
-    (90, 128): (_prefill(128, 128, 8, 2, 1), _decode(64, 3, 2)),
-    (90, 256): (_prefill(128, 64, 8, 2, 1), _decode(32, 3, 2)),
-    (100, 64): (_prefill(128, 128, 4, 3, 2), _decode(64, 4, 4)),
-    (100, 128): (_prefill(128, 128, 8, 2, 1), _decode(64, 3, 2)),
-    (100, 256): (_prefill(128, 64, 8, 2, 1), _decode(32, 3, 2)),
+    (80, 256): (_prefill(64, 32, 8, 2, 1), _decode(32, 3, 2)),
+    (90, 64): (_prefill(128, 64, 4, 3, 2), _decode(64, 4, 4)),
+    (90, 128): (_prefill(128, 64, 8, 3, 1), _decode(64, 3, 3)),
+    (90, 256): (_prefill(128, 32, 8, 2, 1), _decode(32, 3, 2)),
 }
 _FLOAT = (_prefill(32, 32, 4, 2, 1), _decode(32, 2, 1))  # no tensor cores: float32 is for tests and small models
 _INTERPRETED = 8  # multiprocessors of the imaginary sm_80 that the interpreter stands for
@@ -73,10 +70,12 @@ def tuning(device: torch.device, head_block: int, dtype: torch.dtype) -> Tuning:
 
 
 def launches(capability: int, head_block: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
-    """(prefill, decode) for a compute capability (major * 10 + minor)."""
+    """(prefill, decode) for a compute capability (major * 10 + minor). Raises ValueError for heads over 256."""
+    if head_block > 256:
+        raise ValueError(f"attention heads of {head_block} are not supported, 256 is the most")
     if dtype == torch.float32:
         return _FLOAT
     small = capability in (86, 87, 89) or capability >= 120  # 99 KiB of shared memory: the shapes of a larger head fit
-    architecture = 80 if capability < 90 or small else 90 if capability < 100 else 100
+    architecture = 90 if 90 <= capability < 120 else 80  # sm_100 has room for what fits sm_90
     size = 256 if small and head_block == 128 else max(64, head_block)
     return _HALF[architecture, size]
