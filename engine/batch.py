@@ -2,7 +2,7 @@
 
 Reads ahead only as far as it may run, runs each line as a request of the offline tenant, and writes each answer as it comes
 (not in input order). Killed at any moment and started again with the same arguments, it goes on with the lines that have no
-record yet. `engine.joblines` reads, `engine.jobrun` runs, `engine.joblog` keeps; this file is the command line, and what a job is.
+record yet. `engine.joblines` reads, `engine.jobrun` runs, `engine.joblog` keeps; here are the command line and the job.
 
 Exit status: 0 all lines answered; 1 finished, but some lines failed; 2 the job cannot start as asked; 3 the engine or the
 disk failed (resumable); 130 interrupted (resumable).

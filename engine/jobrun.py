@@ -162,6 +162,8 @@ class Run:
     async def _one(self, line: JobLine) -> None:
         try:
             reply = await self._ask(line)
+            if reply.retry_after is not None and self.halt is not None:
+                return  # no verdict on the line: it runs again on resume
             record = answer_record(self._log.job, line, reply.status, reply.body)
             self._progress.count(reply.body)
         except EngineDead as error:

@@ -343,6 +343,16 @@ def test_second_interrupt_does_not_wait_for_the_grace(toy: Files) -> None:
     assert process.returncode == 130
 
 
+def test_interrupt_makes_no_failure_of_a_line_that_waits_to_be_tried_again(toy: Files) -> None:
+    toy.write([line(1), line(2, model="full")])
+    process = toy.start("--grace", "60")
+    toy.wait_for_records(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert by_id(toy.out).keys() == {"id-1"} and not toy.errors.exists()
+
+
 def test_engine_interrupted(real: Files) -> None:
     real.write([line(n, max_tokens=200, ignore_eos=True) for n in range(200)])
     process = real.start("--max-inflight", "8", "--grace", "0")

@@ -1,7 +1,7 @@
 """engine.batch in a process of its own with a trivial backend: starts in no time, so that a test can kill it many times.
 
-The answer to a line depends on its content alone. A `model` of "missing" is a 404, "busy" is refused once, "dead" ends the
-engine, "slow" takes ten seconds. TOY_BROKEN in the environment: it does not load.
+The answer to a line depends on its content alone. A `model` of "missing" is a 404, "busy" is refused once, "full" always,
+"dead" ends the engine, "slow" takes ten seconds. TOY_BROKEN in the environment: it does not load.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Toy:
         if model == "busy" and line.custom_id not in self._refused:
             self._refused.add(line.custom_id)
             return Answer(429, {"error": {"message": "?", "type": "x", "param": None, "code": "busy"}}, 0.01)
+        if model == "full":
+            return Answer(429, {"error": {"message": "?", "type": "x", "param": None, "code": "busy"}}, 0.2)
         if model == "dead":
             raise EngineDead("the toy broke")
         await asyncio.sleep(10 if model == "slow" else random.uniform(0, DELAY))
