@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
@@ -26,16 +26,19 @@ from engine.sched.policies import POLICIES
 from engine.sched.scheduler import Scheduler
 from engine.spec import ModelSpec, load_spec
 
-if TYPE_CHECKING:
-    import torch
-
-    from engine.kernels.api import KVLayout
-
 logger = logging.getLogger(__name__)
 
 _KV_SHARE = 0.25  # of the machine's available memory, unless --kv-cache-memory says otherwise
 _KV_CEILING = 8 * 2**30
 _HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """KV memory as slabs that any of the models it was planned for can use."""
+
+    num_slabs: int
+    slab_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,35 @@ def model_names(name: str, served: tuple[str, ...]) -> tuple[str, ...]:
     return (Path(name).resolve().name,)
 
 
-def load_model(config: EngineConfig, *, progress: bool = True) -> BuiltModel:
-    """Read the checkpoint, pack its weights for the device and reserve its KV window."""
+def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
+    """How much KV memory there is and how it is cut into slabs, for one model or for two that share it."""
+    from engine.kernels.api import fit_slab
+
+    pages = [_page_bytes(config, spec) for spec in specs]
+    slab_bytes = fit_slab(pages, granularity=_HOST_PAGE, slab_bytes=config.slab_size)
+    if config.kv_cache_memory is not None:
+        wanted = config.kv_cache_memory
+    else:
+        longest = max(
+            page * -(-(config.max_model_len or spec.max_position) // config.page_size) for page, spec in zip(pages, specs)
+        )
+        allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
+        wanted = min(config.max_num_seqs * longest, allowed)
+    if wanted < slab_bytes * len(specs):
+        raise InvalidConfig(f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; give it more")
+    return Memory(wanted // slab_bytes, slab_bytes)
+
+
+def load_model(
+    config: EngineConfig, *, memory: Memory | None = None, window_fd: int | None = None, progress: bool = True
+) -> BuiltModel:
+    """Read the checkpoint, pack its weights for the device and reserve its KV window.
+
+    `memory` is given where two models share it; `window_fd` where the window's memory file was made by another process.
+    """
     import torch
 
+    from engine.kernels.api import KVLayout
     from engine.kernels.select import load_backend
     from engine.memory.window import HostWindow
     from engine.model import Model
@@ -72,32 +100,41 @@ def load_model(config: EngineConfig, *, progress: bool = True) -> BuiltModel:
         torch.set_num_threads(config.threads)
     path = resolve_model(config.model, progress=progress)
     spec = load_spec(path)
+    memory = memory or plan_memory(config, [spec])
     backend = load_backend(config.device)
-    dtype = _dtype(config, spec, backend.device)
+    dtype = getattr(torch, _dtype(config, spec))
+    layout = KVLayout.fit(
+        num_layers=spec.num_layers,
+        page_size=config.page_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+        slab_bytes=memory.slab_bytes,
+    )
+    num_pages = memory.num_slabs * layout.pages_per_slab
+    longest = max_model_len(config, spec, num_pages)
     if config.load_format == "dummy":
         weights = random_weights(spec, dtype, config.seed)
     else:
         weights = load_weights(path, spec, dtype, progress)
-    layout = _layout(config, spec, dtype)
-    num_slabs = _num_slabs(config, spec, layout)
-    window = HostWindow(num_slabs, layout.slab_bytes)
-    for slab in range(num_slabs):
-        window.map(slab)
-    num_pages = num_slabs * layout.pages_per_slab
+    window = HostWindow(memory.num_slabs, layout.slab_bytes, window_fd)
     attention = backend.attention(layout.view(window.tensor, num_pages))
-    model = Model(spec, weights, backend.ops, attention, dtype)
+    model = Model(spec, weights, backend.ops, attention, dtype, max_len=longest)
     logger.info(
         "%s on %s in %s: KV memory %.2f GiB, %d tokens",
-        path.name, backend.name, dtype, num_slabs * layout.slab_bytes / 2**30, num_pages * config.page_size,
+        path.name, backend.name, dtype, memory.num_slabs * layout.slab_bytes / 2**30, num_pages * config.page_size,
     )  # fmt: skip
-    return BuiltModel(path, spec, ModelRunner(model, layout, window, backend.device), num_slabs, layout.pages_per_slab)
+    runner = ModelRunner(model, layout, window, backend.device)
+    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab)
 
 
-def build_core(config: EngineConfig, built: BuiltModel, clock: Clock | None = None) -> EngineCore:
-    """A core with a scheduler over all of the model's KV memory."""
+def build_core(
+    config: EngineConfig, built: BuiltModel, *, slabs: Iterable[int] | None = None, clock: Clock | None = None
+) -> EngineCore:
+    """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all)."""
     num_pages = built.num_slabs * built.pages_per_slab
     kv = KVManager(
-        PagePool(built.num_slabs, built.pages_per_slab),
+        PagePool(built.num_slabs, built.pages_per_slab, slabs),
         config.page_size,
         prefix_caching=config.enable_prefix_caching,
         protected=int(config.online_cache_share * num_pages),
@@ -129,41 +166,13 @@ def max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
     return min(wanted, room)
 
 
-def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    import torch
-
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else spec.dtype
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
+    """Name of the number format the model runs in."""
+    if config.dtype != "auto":
+        return config.dtype
+    return spec.dtype if config.device == "cuda" else "float32"
 
 
-def _layout(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> KVLayout:
-    from engine.kernels.api import KVLayout
-
-    return KVLayout.fit(
-        num_layers=spec.num_layers,
-        page_size=config.page_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-        granularity=_HOST_PAGE,
-        slab_bytes=config.slab_size,
-    )
-
-
-def _num_slabs(config: EngineConfig, spec: ModelSpec, layout: KVLayout) -> int:
-    if config.kv_cache_memory is not None:
-        slabs = config.kv_cache_memory // layout.slab_bytes
-        if slabs < 1:
-            raise InvalidConfig(
-                f"--kv-cache-memory {config.kv_cache_memory} is less than one slab of {layout.slab_bytes} bytes; give it more"
-            )
-        return int(slabs)
-    length = config.max_model_len or spec.max_position
-    pages = config.max_num_seqs * -(-length // config.page_size)
-    wanted = pages * layout.page_stride
-    allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
-    return max(1, min(wanted, allowed) // layout.slab_bytes)
+def _page_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    values = spec.num_layers * 2 * config.page_size * spec.num_kv_heads * spec.head_dim
+    return values * (4 if _dtype(config, spec) == "float32" else 2)

@@ -31,6 +31,8 @@ class EngineCore:
         self.runner = runner
         self.interrupted = interrupted
         self.on_step: Callable[[StepPlan, StepResult], None] = lambda plan, result: None
+        self.sync: Callable[[], None] = lambda: None  # called before a step is decided and before its results are applied
+        self.stalled = False  # there is work, but nothing of it could run in the last step
         self._failed_steps = 0
 
     def submit(self, submit: Submit) -> None:
@@ -46,11 +48,14 @@ class EngineCore:
 
     def step(self) -> list[TokenOut]:
         """Run one step, or do nothing if nothing can run. Raises EngineDead when the runner fails again and again."""
+        self.sync()
+        self.stalled = False
         plan = self.scheduler.schedule()
         if plan is not None:
             return self._run(plan, lambda: self.runner.launch(plan, self._stop))
         parked = self.scheduler.take_parked()
         if parked is None:
+            self.stalled = self.has_work
             return []
         checkpoint, dropped = parked
         return self._run(checkpoint.plan, lambda: self.runner.resume(checkpoint, dropped, self._stop))
@@ -68,6 +73,7 @@ class EngineCore:
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
+        self.sync()
         return self.scheduler.update(plan, result)
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[TokenOut]:

@@ -93,6 +93,7 @@ class Engine:
         self._dead: EngineDead | None = None
         self._core = build_core(self.config, built)
         self._loop = EngineLoop(self._core, self._deliver, self._died)
+        self._core.interrupted = self._loop.online_at_the_door
 
     # -- life
 

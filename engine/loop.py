@@ -17,6 +17,8 @@ from engine.types import Abort, Submit, Tenant, TokenOut
 
 logger = logging.getLogger(__name__)
 
+_STALL_SECONDS = 0.005
+
 Deliver = Callable[[list[TokenOut]], None]
 
 
@@ -31,11 +33,10 @@ class EngineLoop:
         self._core = core
         self._deliver = deliver
         self._died = died
-        self._commands: deque[Submit | Abort] = deque()
+        self._commands: deque[Submit | Abort | Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._online_queued = 0
         self._closing = False
-        core.interrupted = self._online_at_the_door
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -61,7 +62,15 @@ class EngineLoop:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _online_at_the_door(self) -> bool:
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the loop's thread call `function` between two steps. Dropped if the loop has ended."""
+        with self._wake:
+            if not self._closing:
+                self._commands.append(function)
+                self._wake.notify()
+
+    def online_at_the_door(self) -> bool:
+        """Whether a step without online rows should make way: an online request waits to be taken in, or the loop closes."""
         return self._online_queued > 0 or self._closing
 
     def _run(self) -> None:
@@ -84,6 +93,8 @@ class EngineLoop:
 
     def _wait(self) -> bool:
         with self._wake:
+            if self._core.stalled and not self._commands and not self._closing:
+                self._wake.wait(_STALL_SECONDS)  # only memory that comes back by itself can help
             while not (self._commands or self._closing or self._core.has_work):
                 self._wake.wait()
             return not self._closing
@@ -94,6 +105,9 @@ class EngineLoop:
             command = self._commands.popleft()
             if isinstance(command, Abort):
                 outs += self._core.abort(command.id)
+                continue
+            if not isinstance(command, Submit):
+                command()
                 continue
             if command.tenant is Tenant.ONLINE:
                 with self._wake:

@@ -192,6 +192,7 @@ class Submit:
     seed: int
     priority: int = 0
     cache_salt: str = ""
+    resume: tuple[int, ...] = ()  # output tokens delivered before, by a worker that died; generation goes on after them
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +280,22 @@ class Completion:
     def text(self) -> str:
         """The text of the first choice."""
         return self.choices[0].text
+
+
+@dataclass(slots=True)
+class Cost:
+    """What colocation cost one online request. Filled in while the request lives. The ledger's entry."""
+
+    waited_us: int = 0  # microseconds it waited for the gate to close and for slabs
+    preemptions: int = 0  # offline preemptions it caused: 0 or 1
+    slabs_reclaimed: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.waited_us + other.waited_us,
+            self.preemptions + other.preemptions,
+            self.slabs_reclaimed + other.slabs_reclaimed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,9 +32,8 @@ class Word(IntEnum):
     GENERATION = 4  # main: bumped after every change of a slab's owner
     PROGRESS = 5  # worker: layers computed, or spins while probed
     PROGRESS_NS = 6  # worker: monotonic ns of the last progress
-    BUSY = 7  # worker: 1 while it has unfinished requests
-    REPORT = 8  # worker: which report buffer is complete, plus two times its length
-    RESCUES = 9  # guardian: times it thawed the worker because main gave no sign of life
+    REPORT = 7  # worker: which report buffer is complete, plus two times its length
+    RESCUES = 8  # guardian: times it thawed the worker because main gave no sign of life
 
 
 class ControlPage:

@@ -7,10 +7,36 @@ D head size, P pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+_PAGE_ALIGN = 256  # bytes; keeps every page aligned for vector access and bulk copies
+
+
+def pages_per_slab(page_bytes: int, slab_bytes: int) -> int:
+    """Most pages that divide a slab evenly at an aligned stride. 0 if not even one fits."""
+    for pages in range(slab_bytes // page_bytes, 0, -1):
+        if slab_bytes % pages == 0 and (slab_bytes // pages) % _PAGE_ALIGN == 0:
+            return pages
+    return 0
+
+
+def fit_slab(page_bytes: Sequence[int], *, granularity: int, slab_bytes: int) -> int:
+    """A slab size for models with these page sizes that share one pool: the least waste for the worst off of them.
+
+    Sizes from `slab_bytes` (or the largest page) to four times that are tried in multiples of `granularity` bytes; a larger one
+    must waste at least a hundredth less.
+    """
+    smallest = -(-max(slab_bytes, *page_bytes) // granularity) * granularity
+    best, least = smallest, 2.0
+    for size in range(smallest, 4 * smallest + 1, granularity):
+        waste = max(1.0 - pages_per_slab(page, size) * page / size for page in page_bytes)
+        if waste < least - 0.01:
+            best, least = size, waste
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +57,7 @@ class KVLayout:
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of a page that hold KV; the rest of page_stride is padding."""
         return self.num_layers * 2 * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
@@ -46,28 +73,13 @@ class KVLayout:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        granularity: int,
         slab_bytes: int,
     ) -> KVLayout:
-        """The layout with slabs of about `slab_bytes` (a multiple of `granularity` bytes) that wastes the least memory.
-
-        Slabs from slab_bytes up to four times that are tried; ties go to the smaller slab.
-        """
+        """The layout with as many pages as a slab of exactly `slab_bytes` holds. `fit_slab` finds a good slab size."""
         page = num_layers * 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
-        align = 256  # bytes; keeps every page aligned for vector and bulk-copy access
-        smallest = -(-max(slab_bytes, page) // granularity) * granularity
-        best: tuple[float, int, int] | None = None
-        for size in range(smallest, 4 * smallest + 1, granularity):
-            for pages in range(size // page, max(0, size // page - 16), -1):
-                if size % pages or (size // pages) % align:
-                    continue
-                waste = 1.0 - pages * page / size
-                if best is None or waste < best[0] - 0.01:
-                    best = (waste, size, pages)
-                break
-        assert best is not None, "one page per slab always fits"
-        _, size, pages = best
-        return cls(num_layers, page_size, num_kv_heads, head_dim, dtype, pages, size // pages)
+        pages = pages_per_slab(page, slab_bytes)
+        assert pages > 0, f"a page of {page} bytes does not fit a slab of {slab_bytes}"
+        return cls(num_layers, page_size, num_kv_heads, head_dim, dtype, pages, slab_bytes // pages)
 
     def view(self, window: torch.Tensor, num_pages: int) -> torch.Tensor:
         """The window's bytes (uint8, 1-D) as [P, num_layers, 2, page_size, K, D] without a copy."""

@@ -7,14 +7,27 @@ that lost KV, and preemption, abort and finish all end in `release`. No torch: t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from engine.memory.pages import PagePool, PageState
 from engine.memory.prefix import PrefixCache, chain_root, extend_chain
 from engine.types import Request, Tenant
 
 
+class Lender(Protocol):
+    """Slabs that can still be had from somebody else."""
+
+    def lendable(self) -> int:
+        """Pages that `lend` could add at most."""
+        ...
+
+    def lend(self, num_pages: int, request: Request) -> None:
+        """Add slabs to the manager, with at least `num_pages` free pages if there are that many to be had."""
+        ...
+
+
 class KVManager:
-    """Page tables over `pool`.
+    """Page tables over `pool`. Where `lender` is set, a shortage of pages is a question to it before it is a refusal.
 
     `protected` is the number of cached online pages that offline work may never evict; whatever exceeds it, and all of
     offline's own cache, is up for eviction by anybody.
@@ -25,6 +38,7 @@ class KVManager:
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.protected = protected
+        self.lender: Lender | None = None
         self._cache = PrefixCache()
         self._holders: dict[str, Request] = {}
         self._committed: dict[str, int] = {}  # full pages of a request offered to the prefix cache already
@@ -47,6 +61,11 @@ class KVManager:
         """Pages that can be allocated for this tenant without taking any from a request."""
         return self.pool.num_free + self.evictable(tenant)
 
+    @property
+    def capacity(self) -> int:
+        """Pages there are, with those that could still be had."""
+        return self.pool.num_pages + (self.lender.lendable() if self.lender is not None else 0)
+
     def find_prefix(self, request: Request) -> list[int]:
         """Pages that hold the beginning of the request's tokens already. At least one token is left to compute."""
         if not self.prefix_caching or request.params.prompt_logprobs is not None:
@@ -63,7 +82,7 @@ class KVManager:
         need = self.pages_for(num_tokens) - len(prefix)
         idle = sum(self.pool.state(page) is PageState.CACHED for page in prefix)
         # The prefix's own idle pages cannot be evicted to make room for the rest.
-        if need > self.available(request.tenant) - idle:
+        if not self._ensure(need + idle, request):
             return False
         for page in prefix:
             self._cache.busy(page, self._tenant(page))
@@ -81,7 +100,7 @@ class KVManager:
         need = self.pages_for(num_tokens) - len(request.pages)
         if need <= 0:
             return True
-        if need > self.available(request.tenant):
+        if not self._ensure(need, request):
             return False
         request.pages.extend(self._take(need, request.tenant))
         return True
@@ -137,6 +156,14 @@ class KVManager:
         tenant = self.pool.tenant(page)
         assert tenant is not None, page
         return tenant
+
+    def _ensure(self, num_pages: int, request: Request) -> bool:
+        """Whether that many pages are available to the request's tenant, after asking the lender if need be."""
+        short = num_pages - self.available(request.tenant)
+        if short > 0 and self.lender is not None and request.tenant is Tenant.ONLINE:
+            self.lender.lend(short, request)
+            short = num_pages - self.available(request.tenant)
+        return short <= 0
 
     def _take(self, count: int, tenant: Tenant) -> list[int]:
         while self.pool.num_free < count:

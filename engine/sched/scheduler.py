@@ -102,7 +102,7 @@ class Scheduler:
         request = Request(
             id=submit.id,
             tenant=submit.tenant,
-            tokens=list(submit.prompt),
+            tokens=[*submit.prompt, *submit.resume],
             num_prompt=len(submit.prompt),
             params=params,
             seed=submit.seed,
@@ -113,7 +113,8 @@ class Scheduler:
             cache_salt=submit.cache_salt,
         )
         assert 0 < request.num_prompt < request.max_len, "checked where the request entered"
-        if params.prompt_logprobs is not None:
+        assert len(request.tokens) < request.max_len, "it had ended already"
+        if params.prompt_logprobs is not None and not submit.resume:
             self._prompt_logprobs[request.id] = [None]  # nothing predicts the first token
         self._requests[request.id] = request
         self._waiting[request.tenant].push(request)
@@ -220,7 +221,7 @@ class Scheduler:
         # Requests are counted as if they shared nothing; what they do share now is taken off again.
         shared = sum(len(other.pages) for other in running) - pool.num_used() + sum(pool.refs(p) > 0 for p in prefix)
         sizes = [(len(r.tokens) + page, self._lengths.remaining(r)) for r in (*others, request)]
-        return peak_tokens(sizes) <= (pool.num_pages + shared) * page
+        return peak_tokens(sizes) <= (self.kv.capacity + shared) * page
 
     def _grow(self, request: Request, num_tokens: int, step: _Step, view: View) -> bool:
         """Pages for the tokens of a running request, at the cost of those who give way to it, itself last."""

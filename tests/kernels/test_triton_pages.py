@@ -10,20 +10,14 @@ if DEVICE is None:
 
 import torch
 
-from engine.kernels.api import KVLayout
+from engine.kernels.api import KVLayout, fit_slab
 from engine.kernels.triton_pages import PageCopier
 
 
 def window_of(dtype: torch.dtype, num_layers: int, head_dim: int) -> tuple[KVLayout, torch.Tensor]:
-    layout = KVLayout.fit(
-        num_layers=num_layers,
-        page_size=16,
-        num_kv_heads=3,
-        head_dim=head_dim,
-        dtype=dtype,
-        granularity=4096,
-        slab_bytes=4096,
-    )
+    shape = {"num_layers": num_layers, "page_size": 16, "num_kv_heads": 3, "head_dim": head_dim, "dtype": dtype}
+    page = num_layers * 2 * 16 * 3 * head_dim * dtype.itemsize
+    layout = KVLayout.fit(**shape, slab_bytes=fit_slab([page], granularity=4096, slab_bytes=4096))
     size = 12 * layout.page_stride
     return layout, torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEVICE)
 
