@@ -96,12 +96,13 @@ class ModelRunner:
                 checkpoint = Checkpoint(plan, index, _Parked(hidden, residual))
                 return _InFlight(plan, self._clock.now() - started, checkpoint)
             hidden, residual = model.layer(index, hidden, residual, rotation, handle)
+        assert residual is not None, "a checkpoint lies before the end"
         sampled = self._sample(plan, batch, hidden, residual)
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, residual)
         return _InFlight(plan, self._clock.now() - started, None, sampled, prompt_logprobs)
 
     def _sample(
-        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor | None
+        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor
     ) -> Sampled | None:
         if not batch.sampled:
             return None
@@ -109,7 +110,7 @@ class ModelRunner:
         return sample(logits, [plan.rows[index] for index in batch.sampled])
 
     def _prompt_logprobs(
-        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor | None
+        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor
     ) -> dict[str, tuple[TokenLogprob, ...]]:
         found = {}
         for row, offset in zip(plan.rows, batch.meta.offsets, strict=True):

@@ -110,20 +110,21 @@ class TorchAttention:
         for row in handle.rows:
             mine = slice(row.offset, row.offset + row.count)
             if row.start == 0:  # everything it sees is at hand
-                out[mine] = attend(q[mine], k[mine], v[mine], 0, window)
+                out[mine] = attend(q[mine], k[mine], v[mine], causal_mask(0, row.count, row.count, window, q))
                 continue
             first = 0 if window is None else max(0, row.start - window + 1) // self._page_size
             pages, behind = row.pages[first:], first * self._page_size
             seen_k = keys[pages].flatten(0, 1)[: row.end - behind]
             seen_v = values[pages].flatten(0, 1)[: row.end - behind]
-            out[mine] = attend(q[mine], seen_k, seen_v, row.start - behind, window)
+            mask = causal_mask(row.start - behind, row.count, seen_k.shape[0], window, q)
+            out[mine] = attend(q[mine], seen_k, seen_v, mask)
         return out.flatten(1)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
-    """Causal attention of q [n, H, D], at positions start .. start + n - 1, over k, v [m, K, D] at 0 .. m - 1.
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of q [n, H, D] over k, v [m, K, D] where `causal_mask` allows it; returns [n, H, D].
 
-    Returns [n, H, D]. Query head h reads KV head h // (H / K).
+    Query head h reads KV head h // (H / K).
     """
     n, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -132,14 +133,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window
     query = q.view(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     key = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
     value = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-    plain = start == 0 and (window is None or window >= n)
-    mask = None if plain else _mask(start, n, k.shape[0], window, q.device)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=plain)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
     return out.permute(2, 0, 1, 3).reshape(n, num_heads, head_dim)
 
 
-def _mask(start: int, n: int, m: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[n, m] bool, True where the query at start + i sees the key at j."""
-    distance = torch.arange(start, start + n, device=device)[:, None] - torch.arange(m, device=device)
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+def causal_mask(start: int, n: int, m: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """What queries at positions start .. start + n - 1 see of keys at 0 .. m - 1: [n, m], added to the scores.
+
+    None stands for the plain triangle, which needs no memory. The dtype and device are those of `like`.
+    """
+    if start == 0 and (window is None or window >= n):
+        return None
+    distance = torch.arange(start, start + n, device=like.device)[:, None] - torch.arange(m, device=like.device)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)

@@ -133,13 +133,13 @@ def adjusted(logits: torch.Tensor, row: SampledRow) -> torch.Tensor:
         ids, bias = zip(*params.logit_bias, strict=True)
         logits.index_add_(0, torch.tensor(ids, device=device), torch.tensor(bias, device=device))
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(row.tokens[: row.end], device=device).unique()
+        seen = torch.tensor(row.tokens[: row.end], device=device)  # an id that repeats gets the same value each time
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
         output = torch.tensor(row.tokens[row.num_prompt : row.end], dtype=torch.int64, device=device)
-        used, times = output.unique(return_counts=True)
-        logits[used] -= params.frequency_penalty * times + params.presence_penalty
+        times = output.bincount(minlength=logits.shape[0])
+        logits -= params.frequency_penalty * times + params.presence_penalty * (times > 0)
     return logits
 
 

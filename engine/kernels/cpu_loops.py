@@ -1,0 +1,317 @@
+"""Loops compiled by numba for the CPU: attention of single tokens over pages in place, and what is too small for torch.
+
+Owns float32 arithmetic on raw addresses; `cpu` owns shapes and the choice of when to come here. Each kernel is a C function of
+one pointer: a block of int64 (addresses and sizes). `run` calls it once, `run_parallel` on every thread of *torch's own*
+OpenMP pool: numba's pool would be a second one, spinning on the same cores. Machine code lies in numba's cache under Sluice's
+cache folder; only the first start of a version compiles it (about ten seconds).
+
+NOTE: a hidden cost decides the shape of this code: slices with a length known when compiling become straight vector code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from engine.config import cache_dir
+
+if not numba.config.CACHE_DIR:
+    numba.config.CACHE_DIR = str(cache_dir() / "numba")
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_MATH = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+_UNKNOWN = 1 << 40  # the length of an array that is never checked
+_KERNEL = types.void(types.voidptr)
+_openmp = ctypes.CDLL(None)  # torch loads its OpenMP library for everyone
+_thread = types.ExternalFunction("omp_get_thread_num", types.int32())
+_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+def is_available() -> bool:
+    """Whether torch's OpenMP pool can be reached."""
+    return hasattr(_openmp, "GOMP_parallel")
+
+
+def run(kernel: Any, *values: int) -> None:
+    """Call a kernel on this thread."""
+    kernel.ctypes((ctypes.c_int64 * len(values))(*values))
+
+
+def run_parallel(kernel: Any, threads: int, *values: int) -> None:
+    """Call a kernel on `threads` threads at once; it shares out the work by thread number."""
+    block = (ctypes.c_int64 * len(values))(*values)
+    _openmp.GOMP_parallel(ctypes.c_void_p(kernel.address), block, threads, 0)
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any) -> Any:
+    """int64 -> void*."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def _prefetch(_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address that will be read soon."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [pointer, number(0), number(3), number(1)])  # to read, keep in all levels, data
+
+    return types.void(types.int64), codegen
+
+
+@njit(inline="always", **_MATH)
+def _floats(address, size):
+    return carray(_pointer(address), (size,), np.float32)
+
+
+@njit(inline="always", **_MATH)
+def _ints(address, size):
+    return carray(_pointer(address), (size,), np.int64)
+
+
+@njit(inline="always", **_MATH)
+def _exp(x):
+    """e ** x for float32 |x| <= 87, relative error below 3e-7 (the polynomial of Cephes' expf), in a form made for vectors."""
+    x = min(max(x, np.float32(-87.0)), np.float32(87.0))
+    n = np.float32(math.floor(x * _LOG2E + np.float32(0.5)))
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@cache
+def decode_pieces(num_kv_heads: int, group: int, head_dim: int) -> Any:
+    """The attention kernel for one shape of heads.
+
+    Block: kv address, page stride, numbers of a plane, layer; page size, tables, pieces and their count; q [T, H * D];
+    sums [N, H * D], tops [N, H], mass [N, H]. pieces [N, 4] int64: the token in q, the place of its page table in tables,
+    first and end position. Leaves each piece's unnormalised output, largest score and softmax mass.
+    """
+    num_heads = num_kv_heads * group
+    width, query_width = num_kv_heads * head_dim, num_heads * head_dim
+    lines = -(-width * 4 // 64)  # cache lines of one token's keys
+    scale = np.float32(head_dim**-0.5)
+
+    @njit(**_MATH)
+    def score(query, keys, n, scores, length, at, ahead):
+        for t in range(n):
+            for line in range(lines):
+                _prefetch(ahead + (t * lines + line) * 64)
+            for h in range(num_kv_heads):
+                key = keys[t * width + h * head_dim :][:head_dim]
+                for g in range(group):
+                    mine = query[(h * group + g) * head_dim :][:head_dim]
+                    total = np.float32(0.0)
+                    for d in range(head_dim):
+                        total += mine[d] * key[d]
+                    scores[(h * group + g) * length + at + t] = total * scale
+
+    @njit(**_MATH)
+    def gather(values, n, scores, length, at, out, ahead):
+        for t in range(n):
+            for line in range(lines):
+                _prefetch(ahead + (t * lines + line) * 64)
+            for h in range(num_kv_heads):
+                value = values[t * width + h * head_dim :][:head_dim]
+                for g in range(group):
+                    mine = out[(h * group + g) * head_dim :][:head_dim]
+                    weight = scores[(h * group + g) * length + at + t]
+                    for d in range(head_dim):
+                        mine[d] += weight * value[d]
+
+    @njit(**_MATH)
+    def softmax(row):
+        top = row[0]
+        for i in range(row.shape[0]):
+            top = max(top, row[i])
+        total = np.float32(0.0)
+        for i in range(row.shape[0]):
+            weight = _exp(row[i] - top)
+            row[i] = weight
+            total += weight
+        return top, total
+
+    @cfunc(_KERNEL, cache=True, **_MATH)
+    def kernel(block):
+        a = carray(block, (12,), np.int64)
+        stride, plane, layer, page_size, count = a[1], a[2], a[3], a[4], a[7]
+        tables, pieces = _ints(a[5], _UNKNOWN), _ints(a[6], count * 4)
+        thread, threads = np.int64(_thread()), np.int64(_num_threads())
+        for piece in range(count * thread // threads, count * (thread + 1) // threads):
+            token, table = pieces[piece * 4], pieces[piece * 4 + 1]
+            first, end = pieces[piece * 4 + 2], pieces[piece * 4 + 3]
+            length = end - first
+            query = _floats(a[8] + token * query_width * 4, query_width)
+            out = _floats(a[9] + piece * query_width * 4, query_width)
+            tops, mass = _floats(a[10] + piece * num_heads * 4, num_heads), _floats(a[11] + piece * num_heads * 4, num_heads)
+            scores = np.empty(num_heads * length, np.float32)
+            for i in range(query_width):
+                out[i] = np.float32(0.0)
+            keys, values = a[0] + layer * 2 * plane * 4, a[0] + (layer * 2 + 1) * plane * 4
+            at = first
+            while at < end:
+                page = at // page_size
+                n = min(end, (page + 1) * page_size) - at
+                here = tables[table + page] * stride * 4 + (at - page * page_size) * width * 4
+                # The hardware fetches ahead within a page of KV; the jump to the next one has to be told.
+                ahead = values + tables[table + first // page_size] * stride * 4
+                if at + n < end:
+                    ahead = keys + tables[table + page + 1] * stride * 4
+                score(query, _floats(keys + here, n * width), n, scores, length, at - first, ahead)
+                at += n
+            for head in range(num_heads):
+                tops[head], mass[head] = softmax(scores[head * length : (head + 1) * length])
+            at = first
+            while at < end:
+                page = at // page_size
+                n = min(end, (page + 1) * page_size) - at
+                here = tables[table + page] * stride * 4 + (at - page * page_size) * width * 4
+                ahead = values + here
+                if at + n < end:
+                    ahead = values + tables[table + page + 1] * stride * 4
+                elif piece + 1 < count:
+                    ahead = keys + tables[pieces[piece * 4 + 5] + pieces[piece * 4 + 6] // page_size] * stride * 4
+                gather(_floats(values + here, n * width), n, scores, length, at - first, out, ahead)
+                at += n
+
+    return kernel
+
+
+@cfunc(_KERNEL, cache=True, **_MATH)
+def merge_pieces(block):
+    """Join the pieces of each token, which follow one another.
+
+    Block: pieces and their count; H, D; sums, tops, mass as `decode_pieces` left them; out [T, H * D].
+    """
+    a = carray(block, (8,), np.int64)
+    count, num_heads, head_dim = a[1], a[2], a[3]
+    pieces = _ints(a[0], count * 4)
+    sums = _floats(a[4], count * num_heads * head_dim)
+    tops, mass = _floats(a[5], count * num_heads), _floats(a[6], count * num_heads)
+    first = np.int64(0)
+    while first < count:
+        token, end = pieces[first * 4], first + 1
+        while end < count and pieces[end * 4] == token:
+            end += 1
+        for head in range(num_heads):
+            mine = _floats(a[7] + (token * num_heads + head) * head_dim * 4, head_dim)
+            top = tops[first * num_heads + head]
+            for piece in range(first + 1, end):
+                top = max(top, tops[piece * num_heads + head])
+            total = np.float32(0.0)
+            for piece in range(first, end):
+                total += mass[piece * num_heads + head] * _exp(tops[piece * num_heads + head] - top)
+            for d in range(head_dim):
+                mine[d] = np.float32(0.0)
+            for piece in range(first, end):
+                share = _exp(tops[piece * num_heads + head] - top) / total
+                part = sums[(piece * num_heads + head) * head_dim :][:head_dim]
+                for d in range(head_dim):
+                    mine[d] += share * part[d]
+        first = end
+
+
+@cfunc(_KERNEL, cache=True, **_MATH)
+def write_kv(block):
+    """Put the keys and values of each token into its page.
+
+    Block: kv address, page stride, numbers of a plane, layer; pages [T], slots [T], T, numbers of a token; k and its row
+    stride; v and its row stride (in numbers).
+    """
+    a = carray(block, (12,), np.int64)
+    stride, plane, layer, width = a[1], a[2], a[3], a[7]
+    pages, slots = _ints(a[4], a[6]), _ints(a[5], a[6])
+    for t in range(a[6]):
+        place = a[0] + (pages[t] * stride + layer * 2 * plane + slots[t] * width) * 4
+        keys, values = _floats(place, width), _floats(place + plane * 4, width)
+        k, v = _floats(a[8] + t * a[9] * 4, width), _floats(a[10] + t * a[11] * 4, width)
+        for i in range(width):
+            keys[i] = k[i]
+            values[i] = v[i]
+
+
+@cache
+def add_rms_norm(width: int, eps: float) -> Any:
+    """Block: T; x, residual [T, width]; weight; out, total. total = x + residual, out = total / rms(total) * weight."""
+    small = np.float32(eps)
+
+    @cfunc(_KERNEL, cache=True, **_MATH)
+    def kernel(block):
+        a = carray(block, (6,), np.int64)
+        weight = _floats(a[3], width)
+        thread, threads = np.int64(_thread()), np.int64(_num_threads())
+        for t in range(a[0] * thread // threads, a[0] * (thread + 1) // threads):
+            row = t * width * 4
+            x, r = _floats(a[1] + row, width), _floats(a[2] + row, width)
+            o, s = _floats(a[4] + row, width), _floats(a[5] + row, width)
+            square = np.float32(0.0)
+            for i in range(width):
+                value = x[i] + r[i]
+                s[i] = value
+                square += value * value
+            factor = np.float32(1.0) / np.sqrt(square / np.float32(width) + small)
+            for i in range(width):
+                o[i] = s[i] * factor * weight[i]
+
+    return kernel
+
+
+@cache
+def rotary(num_heads: int, head_dim: int) -> Any:
+    """Block: T; x [T, H, D] and its row stride in numbers; cos, sin [T, D / 2]; out [T, H, D]."""
+    half = head_dim // 2
+
+    @cfunc(_KERNEL, cache=True, **_MATH)
+    def kernel(block):
+        a = carray(block, (6,), np.int64)
+        thread, threads = np.int64(_thread()), np.int64(_num_threads())
+        for t in range(a[0] * thread // threads, a[0] * (thread + 1) // threads):
+            c, s = _floats(a[3] + t * half * 4, half), _floats(a[4] + t * half * 4, half)
+            for h in range(num_heads):
+                x = a[1] + (t * a[2] + h * head_dim) * 4
+                o = a[5] + (t * num_heads + h) * head_dim * 4
+                low, high = _floats(x, half), _floats(x + half * 4, half)
+                to_low, to_high = _floats(o, half), _floats(o + half * 4, half)
+                for i in range(half):
+                    to_low[i] = low[i] * c[i] - high[i] * s[i]
+                    to_high[i] = high[i] * c[i] + low[i] * s[i]
+
+    return kernel
+
+
+@cfunc(_KERNEL, cache=True, **_MATH)
+def silu_mul(block):
+    """Block: T, F; x [T, 2F]; out [T, F] = silu(x[:, :F]) * x[:, F:]."""
+    a = carray(block, (4,), np.int64)
+    width = a[1]
+    thread, threads = np.int64(_thread()), np.int64(_num_threads())
+    for t in range(a[0] * thread // threads, a[0] * (thread + 1) // threads):
+        gate, up = _floats(a[2] + t * width * 8, width), _floats(a[2] + t * width * 8 + width * 4, width)
+        out = _floats(a[3] + t * width * 4, width)
+        for i in range(width):
+            out[i] = gate[i] * up[i] / (np.float32(1.0) + _exp(-gate[i]))
