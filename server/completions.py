@@ -16,7 +16,7 @@ from engine.types import Delta, FinishReason
 from server.admission import Refused, clamp_priority
 from server.http import LARGE_BODY, json_response, read_json
 from server.metrics import Metrics
-from server.service import SERVICE, Phase, Service
+from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 from server.sse import EventStream, SlowReader, open_stream
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     large = (request.content_length or 0) > LARGE_BODY
     call = await asyncio.to_thread(parse, url, body) if large else parse(url, body)
     call = replace(call, priority=clamp_priority(call.priority, service.config))
-    with service.in_flight.hold(request["key"], call.tenant):
+    with service.in_flight.hold(request[CLIENT], call.tenant):
         try:
             job = await submit(engine, call)
         except Overloaded as error:
@@ -51,7 +51,7 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
             return await (_stream if call.stream else _unary)(request, service, job, watch)
         except (asyncio.CancelledError, ConnectionError):
             if service.phase is not Phase.DRAINING:
-                watch.left(request["id"])
+                watch.left(request[REQUEST_ID])
             raise
         finally:
             job.abort()
@@ -75,7 +75,7 @@ async def _stream(request: web.Request, service: Service, job: Job, watch: Watch
             await _send_all(events, job, watch)
         except SlowReader:
             service.metrics.slow_readers.inc()
-            log.info("request %s: its client stopped reading, aborted", request["id"])
+            log.info("request %s: its client stopped reading, aborted", request[REQUEST_ID])
             return events.response
         except ConnectionError:
             raise
@@ -92,7 +92,7 @@ async def _tell_error(events: EventStream, request: web.Request, service: Servic
     body = error_answer(error).body
     service.metrics.stream_errors.labels(body["error"]["code"]).inc()
     if not isinstance(error, RequestFailed | EngineDead):
-        log.exception("request %s failed in its stream", request["id"])
+        log.exception("request %s failed in its stream", request[REQUEST_ID])
     await events.send(body)
 
 

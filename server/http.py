@@ -16,13 +16,13 @@ from aiohttp import web
 from engine.errors import InvalidRequest, SluiceError
 from engine.openai import Answer, decode, error_answer, error_body
 from server.admission import Access, Refused
-from server.service import SERVICE, Phase, Service
+from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LARGE_BODY = 1 << 16  # bytes; a larger one is read off the event loop
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -78,7 +78,7 @@ def border(access_of: Callable[[web.Request], Access]) -> Any:
     async def run(request: web.Request, handler: Handler) -> web.StreamResponse:
         service = request.app[SERVICE]
         given = request.headers.get("X-Request-Id", "")
-        request["id"] = given if _REQUEST_ID.fullmatch(given) else "req-" + uuid.uuid4().hex
+        request[REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else "req-" + uuid.uuid4().hex
         if service.connections is not None:
             service.connections.heard(request.protocol)
         started = time.monotonic()
@@ -95,7 +95,7 @@ def border(access_of: Callable[[web.Request], Access]) -> Any:
 
 async def _answered(service: Service, request: web.Request, handler: Handler, access: Access) -> web.StreamResponse:
     try:
-        request["key"] = service.keys.check(access, request.headers.get("Authorization"))
+        request[CLIENT] = service.keys.check(access, request.headers.get("Authorization"))
         return await handler(request)
     except Refused as refused:
         return answer_response(refused.answer, refused.headers)
@@ -106,7 +106,7 @@ async def _answered(service: Service, request: web.Request, handler: Handler, ac
     except SluiceError as error:
         return answer_response(error_answer(error))
     except Exception as error:
-        log.exception("request %s failed", request["id"])
+        log.exception("request %s failed", request[REQUEST_ID])
         return answer_response(error_answer(error))
 
 
@@ -130,8 +130,8 @@ def _count(service: Service, request: web.Request, status: int, seconds: float) 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
     """Signal handler: headers that every response carries, streams included."""
-    if "id" in request:
-        response.headers["x-request-id"] = request["id"]
+    if REQUEST_ID in request:
+        response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.pop("Server", None)
     if request.app[SERVICE].phase is Phase.DRAINING:

@@ -90,3 +90,5 @@ def _unavailable(message: str, code: str, retry_after: float) -> Refused:
 
 
 SERVICE = web.AppKey("service", Service)
+REQUEST_ID = web.RequestKey("request_id", str)
+CLIENT = web.RequestKey("client", str)  # the name of its key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -41,7 +42,7 @@ class Server:
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
         """Status and decoded JSON of a POST. `body` is sent as JSON, or as it is if it is bytes."""
         headers = {"Content-Type": "application/json", **options.pop("headers", {})}
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
         async with self.client.post(self.url + path, data=data, headers=headers, **options) as response:
             return response.status, json.loads(await response.read())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -331,7 +332,5 @@ def test_any_object_is_understood_or_refused(body: dict[str, Any], url: str, val
 
 @given(st.binary(max_size=64) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_an_object_or_refused(raw: bytes) -> None:
-    try:
+    with contextlib.suppress(InvalidRequest):
         assert isinstance(decode(raw), dict)
-    except InvalidRequest:
-        pass
