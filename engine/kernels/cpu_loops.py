@@ -31,6 +31,7 @@ _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 _MATH = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+_LINE = 64  # bytes of a cache line
 _UNKNOWN = 1 << 40  # the length of an array that is never checked
 _KERNEL = types.void(types.voidptr)
 _openmp = ctypes.CDLL(None)  # torch loads its OpenMP library for everyone
@@ -104,6 +105,58 @@ def _exp(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+# The three parts of attention are functions of the module, not of the closure below: a closure over functions is compiled
+# anew in every process, one over numbers comes from the cache.
+
+
+@njit(inline="always", **_MATH)
+def _score(query, keys, n, scores, length, at, ahead, num_kv_heads, group, head_dim):
+    """scores[head, at + t] of n tokens; asks for the n tokens at address `ahead` meanwhile."""
+    width = num_kv_heads * head_dim
+    scale = np.float32(1.0) / np.sqrt(np.float32(head_dim))
+    for t in range(n):
+        for line in range(0, width * 4, _LINE):
+            _prefetch(ahead + t * width * 4 + line)
+        for h in range(num_kv_heads):
+            key = keys[t * width + h * head_dim :][:head_dim]
+            for g in range(group):
+                mine = query[(h * group + g) * head_dim :][:head_dim]
+                total = np.float32(0.0)
+                for d in range(head_dim):
+                    total += mine[d] * key[d]
+                scores[(h * group + g) * length + at + t] = total * scale
+
+
+@njit(inline="always", **_MATH)
+def _gather(values, n, scores, length, at, out, ahead, num_kv_heads, group, head_dim):
+    """Add the values of n tokens, weighted by scores[head, at + t], to out; asks for what lies at `ahead` meanwhile."""
+    width = num_kv_heads * head_dim
+    for t in range(n):
+        for line in range(0, width * 4, _LINE):
+            _prefetch(ahead + t * width * 4 + line)
+        for h in range(num_kv_heads):
+            value = values[t * width + h * head_dim :][:head_dim]
+            for g in range(group):
+                mine = out[(h * group + g) * head_dim :][:head_dim]
+                weight = scores[(h * group + g) * length + at + t]
+                for d in range(head_dim):
+                    mine[d] += weight * value[d]
+
+
+@njit(inline="always", **_MATH)
+def _softmax(row):
+    """Turn scores into unnormalised weights; returns the largest score and the sum of the weights."""
+    top = row[0]
+    for i in range(row.shape[0]):
+        top = max(top, row[i])
+    total = np.float32(0.0)
+    for i in range(row.shape[0]):
+        weight = _exp(row[i] - top)
+        row[i] = weight
+        total += weight
+    return top, total
+
+
 @cache
 def decode_pieces(num_kv_heads: int, group: int, head_dim: int) -> Any:
     """The attention kernel for one shape of heads.
@@ -114,47 +167,6 @@ def decode_pieces(num_kv_heads: int, group: int, head_dim: int) -> Any:
     """
     num_heads = num_kv_heads * group
     width, query_width = num_kv_heads * head_dim, num_heads * head_dim
-    lines = -(-width * 4 // 64)  # cache lines of one token's keys
-    scale = np.float32(head_dim**-0.5)
-
-    @njit(**_MATH)
-    def score(query, keys, n, scores, length, at, ahead):
-        for t in range(n):
-            for line in range(lines):
-                _prefetch(ahead + (t * lines + line) * 64)
-            for h in range(num_kv_heads):
-                key = keys[t * width + h * head_dim :][:head_dim]
-                for g in range(group):
-                    mine = query[(h * group + g) * head_dim :][:head_dim]
-                    total = np.float32(0.0)
-                    for d in range(head_dim):
-                        total += mine[d] * key[d]
-                    scores[(h * group + g) * length + at + t] = total * scale
-
-    @njit(**_MATH)
-    def gather(values, n, scores, length, at, out, ahead):
-        for t in range(n):
-            for line in range(lines):
-                _prefetch(ahead + (t * lines + line) * 64)
-            for h in range(num_kv_heads):
-                value = values[t * width + h * head_dim :][:head_dim]
-                for g in range(group):
-                    mine = out[(h * group + g) * head_dim :][:head_dim]
-                    weight = scores[(h * group + g) * length + at + t]
-                    for d in range(head_dim):
-                        mine[d] += weight * value[d]
-
-    @njit(**_MATH)
-    def softmax(row):
-        top = row[0]
-        for i in range(row.shape[0]):
-            top = max(top, row[i])
-        total = np.float32(0.0)
-        for i in range(row.shape[0]):
-            weight = _exp(row[i] - top)
-            row[i] = weight
-            total += weight
-        return top, total
 
     @cfunc(_KERNEL, cache=True, **_MATH)
     def kernel(block):
@@ -182,10 +194,11 @@ def decode_pieces(num_kv_heads: int, group: int, head_dim: int) -> Any:
                 ahead = values + tables[table + first // page_size] * stride * 4
                 if at + n < end:
                     ahead = keys + tables[table + page + 1] * stride * 4
-                score(query, _floats(keys + here, n * width), n, scores, length, at - first, ahead)
+                tokens = _floats(keys + here, n * width)
+                _score(query, tokens, n, scores, length, at - first, ahead, num_kv_heads, group, head_dim)
                 at += n
             for head in range(num_heads):
-                tops[head], mass[head] = softmax(scores[head * length : (head + 1) * length])
+                tops[head], mass[head] = _softmax(scores[head * length : (head + 1) * length])
             at = first
             while at < end:
                 page = at // page_size
@@ -196,7 +209,8 @@ def decode_pieces(num_kv_heads: int, group: int, head_dim: int) -> Any:
                     ahead = values + tables[table + page + 1] * stride * 4
                 elif piece + 1 < count:
                     ahead = keys + tables[pieces[piece * 4 + 5] + pieces[piece * 4 + 6] // page_size] * stride * 4
-                gather(_floats(values + here, n * width), n, scores, length, at - first, out, ahead)
+                tokens = _floats(values + here, n * width)
+                _gather(tokens, n, scores, length, at - first, out, ahead, num_kv_heads, group, head_dim)
                 at += n
 
     return kernel
