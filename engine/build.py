@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.demo import DEMO_NAMES, resolve_model
+from engine.demo import resolve_model
 from engine.errors import InvalidConfig
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
@@ -25,6 +26,9 @@ from engine.sched.plan import Runner
 from engine.sched.policies import POLICIES
 from engine.sched.scheduler import Scheduler
 from engine.spec import ModelSpec, load_spec
+
+if TYPE_CHECKING:
+    from engine.memory.window import HostWindow
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +54,7 @@ class BuiltModel:
     runner: Runner
     num_slabs: int
     pages_per_slab: int
-
-
-def model_names(name: str, served: tuple[str, ...]) -> tuple[str, ...]:
-    """Names under which clients reach a model, the first one being its id."""
-    if served:
-        return served
-    if name in DEMO_NAMES:
-        return DEMO_NAMES
-    return (Path(name).resolve().name,)
+    window: HostWindow | None = None
 
 
 def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
@@ -70,14 +66,20 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
     if config.kv_cache_memory is not None:
         wanted = config.kv_cache_memory
     else:
-        longest = max(
-            page * -(-(config.max_model_len or spec.max_position) // config.page_size) for page, spec in zip(pages, specs)
-        )
+        lengths = [config.max_model_len or spec.max_position for spec in specs]
+        longest = max(page * -(-length // config.page_size) for page, length in zip(pages, lengths, strict=True))
         allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
         wanted = min(config.max_num_seqs * longest, allowed)
     if wanted < slab_bytes * len(specs):
         raise InvalidConfig(f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; give it more")
     return Memory(wanted // slab_bytes, slab_bytes)
+
+
+def pages_in(config: EngineConfig, spec: ModelSpec, memory: Memory) -> int:
+    """The model's KV pages in the memory."""
+    from engine.kernels.api import pages_per_slab
+
+    return memory.num_slabs * pages_per_slab(_page_bytes(config, spec), memory.slab_bytes)
 
 
 def load_model(
@@ -125,7 +127,7 @@ def load_model(
         path.name, backend.name, dtype, memory.num_slabs * layout.slab_bytes / 2**30, num_pages * config.page_size,
     )  # fmt: skip
     runner = ModelRunner(model, layout, window, backend.device)
-    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab)
+    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, window)
 
 
 def build_core(
@@ -133,6 +135,10 @@ def build_core(
 ) -> EngineCore:
     """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all)."""
     num_pages = built.num_slabs * built.pages_per_slab
+    slabs = range(built.num_slabs) if slabs is None else slabs
+    if built.window is not None:
+        for slab in slabs:
+            built.window.map(slab)
     kv = KVManager(
         PagePool(built.num_slabs, built.pages_per_slab, slabs),
         config.page_size,

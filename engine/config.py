@@ -27,6 +27,13 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "sluice"
 
 
+def child_environment() -> dict[str, str]:
+    """The environment for a child process that must import this very project, wherever it was imported from."""
+    here = str(Path(__file__).resolve().parent.parent)
+    rest = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([here, rest] if rest else [here])}
+
+
 def parse_bytes(text: str) -> int:
     """'2GiB', '512M', '1e9' or plain digits -> bytes."""
     match = re.fullmatch(r"\s*([0-9.eE+]+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
@@ -80,6 +87,19 @@ class EngineConfig:
     enable_prefix_caching: bool = knob(True, "keep the KV of finished requests for prompts that start the same")
     online_cache_share: float = knob(0.5, "part of the KV memory whose online prefixes offline work may never evict")
     policy: str = knob("online-first", "scheduling policy", choices=("online-first", "fcfs"))
+    gate: str = knob(
+        "auto",
+        "how the offline model's process is stopped: auto takes the first that demonstrably works",
+        choices=("auto", "process", "layer", "none"),
+    )
+    cooldown_ms: float | None = knob(
+        None, "stay with online this long after its last request (default: adapted to the arrivals)", parse=float, low=0
+    )
+    reserve: str = knob(
+        "miad", "rule for the slabs online keeps free beyond its use", choices=("miad", "fixed", "none", "static")
+    )
+    victims: str = knob("least-lost-work", "rule for the slabs taken from offline", choices=("least-lost-work", "fifo", "lifo"))
+    offline_nice: int = knob(0, "operating-system niceness of the offline model's process (0 to 19)", low=0)
     threads: int | None = knob(None, "compute threads on a CPU (default: one per core)", low=1)
     seed: int = knob(0, "seed of the engine's own random choices")
 
@@ -139,7 +159,7 @@ def _reader(name: str, default: Any, parse: Callable[[str], Any] | None) -> Call
         def read(text: str) -> Any:
             try:
                 return parse(text)
-            except InvalidConfig as error:
+            except (InvalidConfig, ValueError) as error:
                 raise argparse.ArgumentTypeError(str(error)) from None
 
         return read

@@ -10,19 +10,30 @@ import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from engine.build import BuiltModel, build_core, load_model, max_model_len, model_names
+from engine.build import BuiltModel, Memory, build_core, load_model
 from engine.config import EngineConfig
-from engine.errors import ContextTooLong, EngineDead, InvalidRequest, Overloaded, ShuttingDown, UnknownModel
+from engine.errors import (
+    ContextTooLong,
+    EngineDead,
+    InvalidRequest,
+    Overloaded,
+    ShuttingDown,
+    UnknownModel,
+)
 from engine.generation import Generation, wake
 from engine.loop import EngineLoop
 from engine.sched.scheduler import TenantCounters
-from engine.types import Abort, Completion, Delta, FinishReason, ModelCard, SamplingParams, Submit, Tenant, TokenOut
+from engine.served import Served, ServedModels, open_models
+from engine.types import Abort, Completion, Cost, Delta, FinishReason, ModelCard, SamplingParams, Submit, Tenant, TokenOut
 
 if TYPE_CHECKING:
+    from engine.colocate.exclusive import ExclusiveSharing, SharingStats
     from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +61,7 @@ class Stats:
     kv_pages_free: int
     kv_pages_cached: int
     page_size: int
+    sharing: SharingStats | None = None  # with an offline model
 
 
 class Engine:
@@ -73,27 +85,40 @@ class Engine:
         **overrides: Any,
     ) -> None:
         config = (config or EngineConfig()).with_options(**overrides)
-        self.config = config if model is None else replace(config, model=model)
-        built = built or load_model(self.config, progress=progress)
-        self._tokenizer = tokenizer or _load_tokenizer(built)
-        names = model_names(self.config.model, self.config.served_model_name)
-        self._card = ModelCard(
-            id=names[0],
-            aliases=names[1:],
-            tenant=Tenant.ONLINE,
-            max_model_len=max_model_len(self.config, built.spec, built.num_slabs * built.pages_per_slab),
-            vocab_size=built.spec.vocab_size,
-            created=int(time.time()),  # noqa: TID251 - a stamp for clients
-        )
+        self.config = config = config if model is None else replace(config, model=model)
+        if built is None:
+            self._models = open_models(config, progress=progress)
+            built = load_model(config, memory=self._models.memory, progress=progress)
+        else:
+            self._models = _only(built, config, tokenizer)
         self._random = random.Random(self.config.seed)
         self._lock = threading.Lock()
         self._live: dict[str, Generation] = {}
         self._count = 0
         self._draining = False
         self._dead: EngineDead | None = None
-        self._core = build_core(self.config, built)
+        offline = self._models.offline
+        self._core = build_core(config, built, slabs=None if offline is None else ())
         self._loop = EngineLoop(self._core, self._deliver, self._died)
         self._core.interrupted = self._loop.online_at_the_door
+        self._sharing = None if offline is None else self._share_with(offline, built)
+
+    def _share_with(self, offline: Served, built: BuiltModel) -> ExclusiveSharing:
+        """Start the offline model's worker and wait until it is ready, or known not to become so."""
+        from engine.colocate.exclusive import ExclusiveSharing
+
+        assert built.window is not None
+        sharing = ExclusiveSharing(
+            self.config, offline.config, self._models.memory, self._core, built.window, self._loop.call, self._deliver
+        )
+        try:
+            if not sharing.wait_ready():
+                logger.error("serving without the offline model: %s", sharing.failure)
+        except BaseException:
+            sharing.close()
+            self._loop.close()
+            raise
+        return sharing
 
     # -- life
 
@@ -121,6 +146,8 @@ class Engine:
     def close(self) -> None:
         """Stop now. Unfinished requests end with EngineDead."""
         self._draining = True
+        if self._sharing is not None:
+            self._sharing.close()
         self._loop.close()
         self._died(EngineDead("the engine was closed"))
 
@@ -128,19 +155,21 @@ class Engine:
 
     @property
     def models(self) -> tuple[ModelCard, ...]:
-        return (self._card,)
+        """What is served, the online model first."""
+        return tuple(served.card for served in (self._models.online, self._models.offline) if served is not None)
 
     def resolve(self, name: str | None, tenant: Tenant | None = None) -> ModelCard:
-        """The model that serves `name` (None: the default one). Raises UnknownModel."""
-        for card in self.models:
-            if name is None or name == card.id or name in card.aliases:
-                return card
-        known = ", ".join(card.id for card in self.models)
-        raise UnknownModel(f"the model {name!r} does not exist here; served: {known}", param="model")
+        """The model that serves `name` (None: the tenant's own). Raises UnknownModel."""
+        return self._serving(name, tenant).card
 
     def tokenizer(self, model: str | None = None) -> Tokenizer:
-        self.resolve(model)
-        return self._tokenizer
+        return self._serving(model, None).tokenizer
+
+    def _serving(self, name: str | None, tenant: Tenant | None) -> Served:
+        if (found := self._models.find(name, tenant)) is not None:
+            return found
+        known = ", ".join(card.id for card in self.models)
+        raise UnknownModel(f"the model {name!r} does not exist here; served: {known}", param="model")
 
     # -- requests
 
@@ -161,12 +190,14 @@ class Engine:
         share cached prefixes. Raises InvalidRequest, ContextTooLong, UnknownModel, Overloaded, ShuttingDown or EngineDead.
         """
         tenant = Tenant(tenant)
-        card = self.resolve(model, tenant)
+        served = self._serving(model, tenant)
+        if served.card.tenant is Tenant.OFFLINE:
+            tenant = Tenant.OFFLINE
         params = params or SamplingParams()
-        params.validate(card.vocab_size)
+        params.validate(served.card.vocab_size)
         self._check_open(tenant)
-        tokens = self._encode(prompt, card)
-        return self._start(tokens, params, card, tenant, request_id, priority, cache_salt)
+        tokens = _encode(prompt, served)
+        return self._start(tokens, params, served, tenant, request_id, priority, cache_salt)
 
     def submit_chat(
         self,
@@ -183,11 +214,12 @@ class Engine:
     ) -> Generation:
         """`submit` for a conversation, rendered with the model's chat template."""
         tenant = Tenant(tenant)
-        card = self.resolve(model, tenant)
+        served = self._serving(model, tenant)
         self._check_open(tenant)
-        tokens = self.tokenizer(model).render_chat(messages, tools=tools, kwargs=template_kwargs)
+        limit = served.card.max_model_len
+        tokens = served.tokenizer.render_chat(messages, tools=tools, kwargs=template_kwargs, max_tokens=limit)
         return self.submit(
-            tokens, params, tenant=tenant, model=card.id, request_id=request_id, priority=priority, cache_salt=cache_salt
+            tokens, params, tenant=tenant, model=served.card.id, request_id=request_id, priority=priority, cache_salt=cache_salt
         )
 
     def generate(
@@ -255,7 +287,8 @@ class Engine:
             )
             for tenant in Tenant
         }
-        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size)
+        sharing = None if self._sharing is None else self._sharing.stats()
+        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, sharing)
 
     # -- inside: requests in
 
@@ -267,29 +300,11 @@ class Engine:
         if tenant is Tenant.ONLINE and self._core.scheduler.num_waiting(tenant) >= self.config.max_num_queued_reqs:
             raise Overloaded(f"{self.config.max_num_queued_reqs} requests are waiting already; try again later")
 
-    def _encode(self, prompt: Prompt, card: ModelCard) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            tokens: Sequence[int] = self._tokenizer.encode(prompt, max_tokens=card.max_model_len)
-        else:
-            tokens = prompt
-            for token in tokens:
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < card.vocab_size:
-                    raise InvalidRequest(f"token ids must be integers from 0 to {card.vocab_size - 1}", param="prompt")
-        if not tokens:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if len(tokens) >= card.max_model_len:
-            raise ContextTooLong(
-                f"the prompt has {len(tokens)} tokens and the context holds {card.max_model_len}, at least one of them output; "
-                "shorten the prompt",
-                param="prompt",
-            )
-        return tuple(tokens)
-
     def _start(
         self,
         tokens: tuple[int, ...],
         params: SamplingParams,
-        card: ModelCard,
+        served: Served,
         tenant: Tenant,
         request_id: str | None,
         priority: int,
@@ -299,24 +314,35 @@ class Engine:
             self._count += 1
             key = str(self._count)
             seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        put = self._loop.put
+        if self._sharing is not None and served.card.tenant is Tenant.OFFLINE:
+            put = self._sharing.put
+
+        def abort(index: int) -> None:
+            with suppress(EngineDead):  # then it is gone anyway
+                put(Abort(f"{key}.{index}"))
+
         generation = Generation(
             request_id=request_id or f"req-{key}",
-            model=card.id,
+            model=served.card.id,
             tenant=tenant,
             prompt_tokens=tokens,
             params=params,
-            make_detokenizer=lambda: self._tokenizer.detokenizer(tokens),
-            abort=lambda g: self._abort(key, g),
+            make_detokenizer=lambda: served.tokenizer.detokenizer(tokens),
+            abort=abort,
         )
+        names = tuple(f"{key}.{index}" for index in range(params.n))
+        if tenant is Tenant.ONLINE:
+            self._arrive(generation, generation.cost)
         with self._lock:
             self._live[key] = generation
         try:
             for index in range(params.n):
                 one = replace(params, seed=seed).for_choice(index)
                 assert one.seed is not None
-                self._loop.put(
+                put(
                     Submit(
-                        id=f"{key}.{index}",
+                        id=names[index],
                         tenant=tenant,
                         prompt=tokens,
                         params=one,
@@ -326,16 +352,36 @@ class Engine:
                     )
                 )
         except EngineDead:
-            self._live.pop(key, None)
+            self._forget(key)
             raise
         return generation
 
-    def _abort(self, key: str, generation: Generation) -> None:
-        for index in range(generation.params.n):
-            try:
-                self._loop.put(Abort(f"{key}.{index}"))
-            except EngineDead:
-                return
+    @contextmanager
+    def arriving(self) -> Iterator[Cost]:
+        """An online request's head is here: offline work stands still from now to the end of the block at least.
+
+        For servers, which know of a request before its body is read. Yields what that cost so far.
+        """
+        cost = Cost()
+        self._arrive(cost, cost)
+        try:
+            yield cost
+        finally:
+            if self._sharing is not None:
+                self._sharing.finish(id(cost), cost)
+
+    def _arrive(self, key: object, cost: Cost) -> None:
+        if self._sharing is not None:
+            self._sharing.arrive(id(key), cost)
+
+    def _forget(self, key: str) -> None:
+        """The generation has ended."""
+        with self._lock:
+            generation = self._live.pop(key, None)
+        if generation is not None and generation.tenant is Tenant.ONLINE and self._sharing is not None:
+            names = tuple(f"{key}.{index}" for index in range(generation.params.n))
+            self._sharing.finish(id(generation), generation.cost, names)
+            self._sharing.count(generation.cost)
 
     # -- inside: results out, in the loop's thread
 
@@ -347,17 +393,13 @@ class Engine:
             if generation is None:
                 continue
             try:
-                cut_short, waiter = generation.push(int(index), out)
-            except Exception:  # text of one request must not end the engine
+                waiter = generation.push(int(index), out)
+            except Exception:  # the text of one request must not end the engine
                 logger.exception("request %s: its output could not be turned into text", generation.request_id)
                 failed = TokenOut(id=out.id, finish_reason=FinishReason.ERROR, error="its output could not be turned into text")
-                _, waiter = generation.push(int(index), failed)
-                cut_short = out.finish_reason is None
-            if cut_short:
-                self._loop.put(Abort(out.id))
+                waiter = generation.push(int(index), failed)
             if generation.finished:
-                with self._lock:
-                    self._live.pop(key, None)
+                self._forget(key)
             if waiter is not None:
                 waiters.append(waiter)
         wake(waiters)
@@ -369,7 +411,39 @@ class Engine:
         wake([waiter for generation in live if (waiter := generation.die(error)) is not None])
 
 
-def _load_tokenizer(built: BuiltModel) -> Tokenizer:
+def _encode(prompt: Prompt, served: Served) -> tuple[int, ...]:
+    card = served.card
+    if isinstance(prompt, str):
+        tokens: Sequence[int] = served.tokenizer.encode(prompt, max_tokens=card.max_model_len)
+    else:
+        tokens = prompt
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < card.vocab_size:
+                raise InvalidRequest(f"token ids must be integers from 0 to {card.vocab_size - 1}", param="prompt")
+    if not tokens:
+        raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+    if len(tokens) >= card.max_model_len:
+        raise ContextTooLong(
+            f"the prompt has {len(tokens)} tokens and the context holds {card.max_model_len}, at least one of them output; "
+            "shorten the prompt",
+            param="prompt",
+        )
+    return tuple(tokens)
+
+
+def _only(built: BuiltModel, config: EngineConfig, tokenizer: Tokenizer | None) -> ServedModels:
+    """A model that the caller built: for tests and benchmarks with a runner of their own."""
+    page = config.page_size
+    memory = Memory(built.num_slabs, 1)
+    length = min(config.max_model_len or built.spec.max_position, built.num_slabs * built.pages_per_slab * page)
+    names = config.served_model_name or (built.path.name,)
+    card = ModelCard(
+        id=names[0], aliases=names[1:], tenant=Tenant.ONLINE, max_model_len=length, vocab_size=built.spec.vocab_size, created=0
+    )
+    return ServedModels(Served(card, built.path, config, tokenizer or _load_tokenizer(built.path)), None, memory)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
     from engine.tokenizer import Tokenizer
 
-    return Tokenizer.load(built.path)
+    return Tokenizer.load(path)

@@ -17,6 +17,7 @@ from engine.errors import EngineDead, RequestFailed
 from engine.types import (
     Choice,
     Completion,
+    Cost,
     Delta,
     FinishReason,
     SamplingParams,
@@ -136,8 +137,9 @@ class Generation:
         prompt_tokens: tuple[int, ...],
         params: SamplingParams,
         make_detokenizer: Callable[[], Detokenizer],
-        abort: Callable[[Generation], None],
+        abort: Callable[[int], None],
     ) -> None:
+        """`abort` ends the choice with the given index in the engine."""
         self.request_id = request_id
         self.model = model
         self.tenant = tenant
@@ -152,6 +154,7 @@ class Generation:
         self._cached_tokens = 0
         self._num_preemptions = 0
         self._dead: EngineDead | None = None
+        self.cost = Cost()  # what colocation cost an online request
 
     # -- the reader's side
 
@@ -175,8 +178,9 @@ class Generation:
 
     def abort(self) -> None:
         """End the request now. Its reader gets a last delta with finish_reason ABORT. Does nothing if it has ended."""
-        if not self.finished:
-            self._abort(self)
+        for choice in self._choices:
+            if not choice.finished and self._dead is None:
+                self._abort(choice.index)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while True:
@@ -268,21 +272,20 @@ class Generation:
 
     # -- the engine's side
 
-    def push(self, index: int, out: TokenOut) -> tuple[bool, asyncio.Future[None] | threading.Event | None]:
-        """Take in what a step did to choice `index`.
-
-        Returns whether the choice ended here while the engine still runs it (a stop string), and the reader to wake, if any.
-        """
+    def push(self, index: int, out: TokenOut) -> asyncio.Future[None] | threading.Event | None:
+        """Take in what a step did to choice `index`. Returns the reader to wake, if any."""
         choice = self._choices[index]
         if choice.finished:
-            return False, None  # what the engine computed before it obeyed the abort
+            return None  # what the engine computed before it obeyed the abort
         delta = choice.push(out)
         with self._lock:
             self._mail.append(delta)
             self._cached_tokens = max(self._cached_tokens, out.num_cached)
             self._num_preemptions = max(self._num_preemptions, out.num_preemptions)
-            wake = self._take_waiter()
-        return choice.finished and out.finish_reason is None, wake
+            waiter = self._take_waiter()
+        if choice.finished and out.finish_reason is None:
+            self._abort(index)  # a stop string ended it, of which the engine knows nothing
+        return waiter
 
     def die(self, error: EngineDead) -> asyncio.Future[None] | threading.Event | None:
         """The engine is gone: the reader gets the error after what was delivered before."""

@@ -35,7 +35,12 @@ class CoolDown:
         self._longest = longest
         self._weight = weight  # a preemption is felt by an online request, idle time only by offline ones
         self._gaps: deque[float] = deque(maxlen=64)
-        self._best = min(max(preemption_cost, 1e-3), longest)
+        self._best = max(preemption_cost, 1e-3)
+
+    def set_cost(self, preemption_cost: float) -> None:
+        """The cost is known better now."""
+        self._cost = preemption_cost
+        self._best = max(self._best, preemption_cost)
 
     @property
     def seconds(self) -> float:

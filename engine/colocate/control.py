@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from enum import IntEnum
 from typing import Any
 
@@ -16,6 +17,9 @@ import msgspec
 
 from engine.errors import InvalidConfig
 from engine.types import Tenant
+
+LEASE_SECONDS = 1.0
+"""A main process that is silent for longer no longer owns the frozen state of its worker."""
 
 _MAGIC = 0x534C55494345_0001
 _REPORT_BYTES = 256 * 1024
@@ -32,7 +36,7 @@ class Word(IntEnum):
     GENERATION = 4  # main: bumped after every change of a slab's owner
     PROGRESS = 5  # worker: layers computed, or spins while probed
     PROGRESS_NS = 6  # worker: monotonic ns of the last progress
-    REPORT = 7  # worker: which report buffer is complete, plus two times its length
+    REPORT = 7  # worker: number of its last complete report (32 bits; odd ones are in the second buffer), length (32 bits)
     RESCUES = 8  # guardian: times it thawed the worker because main gave no sign of life
 
 
@@ -58,6 +62,14 @@ class ControlPage:
     def __setitem__(self, word: Word, value: int) -> None:
         self._words[word] = value
 
+    def beat(self) -> None:
+        """Main's sign of life."""
+        self._words[Word.HEARTBEAT] = time.monotonic_ns()
+
+    def main_is_alive(self) -> bool:
+        """Whether main gave a sign of life within the lease."""
+        return time.monotonic_ns() - self[Word.HEARTBEAT] < LEASE_SECONDS * 1e9
+
     # -- slabs: written by main, read by the worker
 
     def publish_slab(self, slab: int, owner: Tenant, epoch: int) -> None:
@@ -75,19 +87,21 @@ class ControlPage:
         data = msgspec.msgpack.encode(report)
         if len(data) > _REPORT_BYTES:
             return False
-        side = 1 - (self._words[Word.REPORT] & 1)
-        at = self._report_at + side * _REPORT_BYTES
+        number = ((self._words[Word.REPORT] >> 32) + 1) & 0xFFFF_FFFF
+        at = self._report_at + (number & 1) * _REPORT_BYTES
         self._map[at : at + len(data)] = data
-        self._words[Word.REPORT] = len(data) << 1 | side
+        self._words[Word.REPORT] = number << 32 | len(data)
         return True
 
     def read_report(self, kind: type[Any]) -> Any:
         """The last complete report, decoded as `kind`; None if there is none yet."""
-        value = self._words[Word.REPORT]
-        if value >> 1 == 0:
-            return None
-        at = self._report_at + (value & 1) * _REPORT_BYTES
-        return msgspec.msgpack.decode(self._map[at : at + (value >> 1)], type=kind)
+        while value := self._words[Word.REPORT]:
+            at = self._report_at + (value >> 32 & 1) * _REPORT_BYTES
+            data = self._map[at : at + (value & 0xFFFF_FFFF)]
+            # A newer report means that the one after it may have been written over this one meanwhile.
+            if self._words[Word.REPORT] == value:
+                return msgspec.msgpack.decode(data, type=kind)
+        return None
 
     def close(self) -> None:
         self._words.release()

@@ -10,7 +10,9 @@ import os
 import signal
 import statistics
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,28 +20,44 @@ from engine.colocate.control import ControlPage, Word
 
 
 class Gate(Protocol):
-    """Both calls return at once, may be repeated and may come from any thread, one at a time."""
+    """Freeze and thaw return at once, may be repeated and may come from any thread, one at a time."""
 
     name: str
 
     def freeze(self) -> None: ...
 
+    def wait_stopped(self, seconds: float) -> None:
+        """After `freeze`: wait until the worker stands still, as far as that can be known at once; `seconds` at most."""
+        ...
+
     def thaw(self) -> None: ...
 
 
 class ProcessGate:
-    """SIGSTOP and SIGCONT: stops the worker in the middle of whatever it computes."""
+    """SIGSTOP and SIGCONT: stops the worker in the middle of whatever it computes.
+
+    Made while the worker is an unreaped child; from then on it signals that process or none, whoever gets its number later.
+    """
 
     name = "process"
 
     def __init__(self, control: ControlPage, pid: int) -> None:
         self._control = control
-        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._pidfd)
 
     def freeze(self) -> None:
         # The word goes first: a guardian that looks in between sees a frozen worker with a living owner.
         self._control[Word.FROZEN] = 1
         self._signal(signal.SIGSTOP)
+
+    def wait_stopped(self, seconds: float) -> None:
+        """Until the kernel has stopped all of the worker's threads. Only works for a child of this process."""
+        deadline = time.monotonic() + seconds  # noqa: TID251
+        stopped = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with suppress(ChildProcessError):
+            while os.waitid(os.P_PIDFD, self._pidfd, stopped) is None and time.monotonic() < deadline:  # noqa: TID251
+                time.sleep(0)
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
@@ -47,7 +65,7 @@ class ProcessGate:
 
     def _signal(self, number: signal.Signals) -> None:
         try:
-            os.kill(self._pid, number)
+            signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:
             return  # it died; whoever waits for it will notice
 
@@ -63,6 +81,9 @@ class LayerGate:
     def freeze(self) -> None:
         self._control[Word.FROZEN] = 1
 
+    def wait_stopped(self, seconds: float) -> None:
+        pass  # it ends its layer first; whoever waited for that would wait longer than its own first layer takes
+
     def thaw(self) -> None:
         self._control[Word.FROZEN] = 0
 
@@ -74,6 +95,9 @@ class NoGate:
 
     def freeze(self) -> None:
         pass
+
+    def wait_stopped(self, seconds: float) -> None:
+        pass  # it never stops
 
     def thaw(self) -> None:
         pass
@@ -114,20 +138,19 @@ def probe(gate: Gate, control: ControlPage, *, trials: int = 20, hold: float = 0
     freezes: list[float] = []
     thaws: list[float] = []
     works = _wait(lambda: _moving(control), 1.0)
-    for _ in range(trials if works else 0):
+    while works and len(freezes) < trials:
         called = time.monotonic_ns()
         gate.freeze()
         time.sleep(hold)
         before = control[Word.PROGRESS]
         stopped_at = control[Word.PROGRESS_NS]
         time.sleep(hold)
-        works = control[Word.PROGRESS] == before
+        stopped = control[Word.PROGRESS] == before
         thawed = time.monotonic_ns()
         gate.thaw()
         resumed_at = _next_progress(control, before)
-        if not works:
-            break
-        works = _wait(lambda: _moving(control), 1.0)
+        # A worker that never moves again was not stopped by the gate: it is dead, or stuck.
+        works = stopped and _wait(lambda: _moving(control), 1.0)
         freezes.append(max(0, stopped_at - called) / 1e9)
         thaws.append(max(0, resumed_at - thawed) / 1e9)
     return ProbeResult(gate.name, works, tuple(freezes), tuple(thaws))

@@ -73,7 +73,15 @@ def make_reserve(name: str, num_slabs: int) -> Reserve:
     if name == "none":
         return Fixed(0)
     assert name == "static", name
-    return Static(num_slabs // 2)
+    return Static(max(1, num_slabs // 2))
+
+
+def kept_slabs(name: str, num_slabs: int, cache_share: float) -> int:
+    """Most slabs that online may hold while it runs nothing: its reserve in quiet times and slabs of cached prefixes."""
+    reserve = make_reserve(name, num_slabs)
+    if reserve.fixed_share is not None:
+        return reserve.fixed_share
+    return reserve.headroom + int(cache_share * num_slabs)
 
 
 RESERVES = ("miad", "fixed", "none", "static")

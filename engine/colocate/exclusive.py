@@ -1,0 +1,287 @@
+"""ExclusiveSharing: two models on one device, online first. Ties arbiter, gate, worker, guardian and slabs together.
+
+While any online request is unfinished the offline worker stands still (Valve's rule). `arrive` freezes in the caller's thread,
+since waking another thread costs more than the freeze itself; a thread of its own thaws, keeps the heartbeat and settles
+memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.build import Memory
+from engine.clock import Clock, MonotonicClock
+from engine.colocate.arbiter import Arbiter, CoolDown, State
+from engine.colocate.control import ControlPage
+from engine.colocate.gate import Gate, LayerGate, NoGate, ProbeResult, ProcessGate, cost_of, probe
+from engine.colocate.guardian import Guardian
+from engine.colocate.lending import SlabLender
+from engine.colocate.process import OfflineProcess
+from engine.colocate.worker import Report
+from engine.config import EngineConfig
+from engine.errors import InvalidConfig
+from engine.loop import Deliver
+from engine.memory.reserve import make_reserve
+from engine.memory.slabs import SlabPool
+from engine.memory.victims import VICTIMS, Holdings
+from engine.memory.window import HostWindow
+from engine.types import Abort, Cost, Submit, Tenant
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore
+
+logger = logging.getLogger(__name__)
+
+_BEAT_SECONDS = 0.1
+_STOP_PATIENCE = 0.002  # longest an arrival waits for the worker's threads to stop; typically it is tens of microseconds
+LATENCY_BUCKETS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class SharingStats:
+    """A snapshot for metrics. Seconds by owner sum to the time since the start."""
+
+    device_seconds: dict[str, float]  # online, offline, switch, idle
+    state: State
+    gate: str
+    probe: ProbeResult | None
+    cooldown_seconds: float
+    preemptions: int
+    preemption_latency: tuple[int, ...]  # counts per LATENCY_BUCKETS, then those beyond
+    preemption_seconds: float
+    request_preemptions: dict[int, int]  # preemptions caused -> finished online requests
+    reclaims: int
+    reclaimed_slabs: int
+    slabs: dict[Tenant, int]
+    headroom_slabs: int
+    worker: Report | None
+    worker_restarts: int
+    worker_failure: str | None
+
+
+class ExclusiveSharing:
+    """The offline model's side of an Engine.
+
+    `deliver` gets the offline requests' tokens. Raises InvalidConfig if the wanted gate does not stop the worker.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        offline: EngineConfig,
+        memory: Memory,
+        core: EngineCore,
+        window: HostWindow,
+        run_in_engine: Callable[[Callable[[], None]], None],
+        deliver: Deliver,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or MonotonicClock()
+        self._run_in_engine = run_in_engine
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._closing = False
+        self._control = ControlPage(memory.num_slabs)
+        self._victim_window = HostWindow(memory.num_slabs, memory.slab_bytes)
+        self._slabs = SlabPool(memory.num_slabs, self._control.publish_slab)
+        self._lender = SlabLender(
+            self._slabs, core.scheduler.kv, window, self._victim_window, self._clock,
+            reserve=make_reserve(config.reserve, memory.num_slabs),
+            victims=VICTIMS[config.victims],
+            holdings=self._holdings,
+            cache_slabs=int(config.online_cache_share * memory.num_slabs),
+        )  # fmt: skip
+        core.scheduler.kv.lender = self._lender
+        self._gate: Gate = NoGate()
+        self._gate_name = config.gate
+        self._pid: int | None = None
+        self._probe: ProbeResult | None = None
+        fixed = None if config.cooldown_ms is None else config.cooldown_ms / 1e3
+        self._arbiter = Arbiter(CoolDown(0.0, fixed=fixed), self._clock.now())
+        self._started_at = self._clock.now()
+        self._offline_since: float | None = None  # the worker may run and has work, since then
+        self._offline_seconds = 0.0
+        self._latencies = [0] * (len(LATENCY_BUCKETS) + 1)
+        self._latency_sum = 0.0
+        self._request_preemptions: Counter[int] = Counter()
+        self._guardian = Guardian(self._control)
+        self._guardian.start()
+        self._process = OfflineProcess(
+            offline, memory, self._control, self._victim_window.fileno(),
+            deliver=deliver, started=self._worker_started, ended=self._worker_ended,
+        )  # fmt: skip
+        self._ticker = threading.Thread(target=self._tick, name="arbiter", daemon=True)
+        self._ticker.start()
+
+    # -- start
+
+    def wait_ready(self) -> bool:
+        """Wait for the worker's model and choose the gate by a probe. False if there will be no worker."""
+        if not self._process.wait_ready():
+            return False
+        self._choose_gate()
+        return True
+
+    def _choose_gate(self) -> None:
+        names = ("process", "layer", "none") if self._gate_name == "auto" else (self._gate_name,)
+        for name in names:
+            with self._lock:
+                self._gate = self._make_gate(name)
+            if name == "none":
+                break
+            self._process.spin(True)
+            self._probe = probe(self._gate, self._control)
+            self._process.spin(False)
+            logger.info("%s", self._probe)
+            if self._probe.works:
+                break
+        else:
+            raise InvalidConfig(f"the gate {self._gate_name!r} does not stop the offline worker here; try --gate auto")
+        self._gate_name = self._gate.name
+        if self._probe is not None:
+            self._arbiter.cool_down.set_cost(cost_of(self._probe))
+
+    def _make_gate(self, name: str) -> Gate:
+        if name == "process" and self._pid is not None:
+            return ProcessGate(self._control, self._pid)
+        return LayerGate(self._control) if name == "layer" else NoGate()
+
+    def _worker_started(self, pid: int) -> None:
+        with self._lock:
+            self._pid = pid
+            self._guardian.watch(pid)
+            self._gate = self._make_gate(self._gate_name)
+            if self._arbiter.frozen:
+                self._gate.freeze()
+
+    def _worker_ended(self, pid: int) -> None:
+        with self._lock:
+            self._pid = None
+            self._gate = NoGate()
+
+    # -- online requests
+
+    def arrive(self, request: object, cost: Cost) -> None:
+        """An online request is at the door: when this returns the worker stands still. Any thread; the cost is booked."""
+        with self._lock:
+            now = self._clock.now()
+            if not self._arbiter.arrive(request, now, offline_busy=self._process.busy):
+                return
+            self._account(now)
+            self._gate.freeze()
+            self._gate.wait_stopped(_STOP_PATIENCE)
+            after = self._clock.now()
+            self._arbiter.froze(after)
+            cost.waited_us += round((after - now) * 1e6)
+            if self._process.busy:
+                cost.preemptions += 1
+                self._book_latency(after - now)
+
+    def finish(self, request: object, cost: Cost, request_ids: tuple[str, ...] = ()) -> None:
+        """An online request is over, however it ended."""
+        with self._lock:
+            self._arbiter.finish(request, self._clock.now())
+            cost.slabs_reclaimed += sum(self._lender.reclaimed_for.pop(name, 0) for name in request_ids)
+            self._wake.notify()
+
+    def count(self, cost: Cost) -> None:
+        """Enter a finished online request in the ledger."""
+        with self._lock:
+            self._request_preemptions[cost.preemptions] += 1
+
+    def _book_latency(self, seconds: float) -> None:
+        self._latencies[bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self._latency_sum += seconds
+
+    # -- offline requests
+
+    def put(self, command: Submit | Abort) -> None:
+        self._process.put(command)
+        with self._lock:
+            self._account(self._clock.now())
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._process.num_unfinished
+
+    @property
+    def failure(self) -> str | None:
+        return self._process.failure
+
+    # -- time
+
+    def _tick(self) -> None:
+        while True:
+            rescued = self._guardian.check()
+            with self._wake:
+                if self._closing:
+                    return
+                now = self._clock.now()
+                self._account(now)
+                if rescued and self._arbiter.frozen:
+                    self._gate.freeze()  # this process stood still so long that the guardian let the worker go
+                if self._arbiter.poll(now):
+                    self._account(now)
+                    self._gate.thaw()
+                    self._run_in_engine(self._lender.settle)
+                deadline = self._arbiter.deadline()
+                self._wake.wait(_BEAT_SECONDS if deadline is None else min(_BEAT_SECONDS, max(0.0, deadline - now)))
+            if self._arbiter.state is State.OFFLINE:
+                self._run_in_engine(self._lender.settle)
+
+    def _account(self, now: float) -> None:
+        """Book the time in which the worker could run and had work."""
+        if self._offline_since is not None:
+            self._offline_seconds += now - self._offline_since
+        self._offline_since = now if not self._arbiter.frozen and self._process.busy else None
+
+    def _holdings(self) -> Holdings:
+        report = self._control.read_report(Report)
+        return Holdings() if report is None else Holdings(report.holders, report.costs)
+
+    # -- what it came to
+
+    def stats(self) -> SharingStats:
+        with self._lock:
+            now = self._clock.now()
+            self._account(now)
+            spent = self._arbiter.seconds(now)
+            online, switch = spent[State.ONLINE], spent[State.PREEMPTING]
+            idle = spent[State.OFFLINE] - self._offline_seconds + spent[State.COOLING]
+            seconds = {"online": online, "offline": self._offline_seconds, "switch": switch, "idle": idle}
+            return SharingStats(
+                device_seconds=seconds,
+                state=self._arbiter.state,
+                gate=self._gate_name,
+                probe=self._probe,
+                cooldown_seconds=self._arbiter.cool_down.seconds,
+                preemptions=self._arbiter.preemptions,
+                preemption_latency=tuple(self._latencies),
+                preemption_seconds=self._latency_sum,
+                request_preemptions=dict(self._request_preemptions),
+                reclaims=self._lender.reclaims,
+                reclaimed_slabs=self._lender.reclaimed_slabs,
+                slabs={tenant: self._slabs.count(tenant) for tenant in Tenant},
+                headroom_slabs=self._lender.reserve.headroom,
+                worker=self._control.read_report(Report),
+                worker_restarts=self._process.restarts,
+                worker_failure=self._process.failure,
+            )
+
+    def close(self) -> None:
+        """End the worker, whatever state it is in."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._ticker.join()
+        self._process.close()
+        self._guardian.close()
+        self._lender.close()
+        self._victim_window.close()
+        self._control.close()

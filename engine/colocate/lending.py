@@ -1,0 +1,125 @@
+"""SlabLender: moves slabs between the online pool and the offline worker, and bounds how often it must.
+
+Called in the online engine's thread only. Online takes at once, while the worker stands still: owner and epoch are flipped in
+the control page, the slab joins online's pool, and the memory that the worker still has there is punched out by a thread off
+the online path. What online does not need goes back in quiet periods, down to the reserve's headroom.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+from engine.clock import Clock
+from engine.memory.manager import KVManager
+from engine.memory.pages import PageState
+from engine.memory.reserve import Reserve
+from engine.memory.slabs import SlabPool
+from engine.memory.victims import Holdings, Victims
+from engine.memory.window import HostWindow
+from engine.types import Request, Tenant
+
+logger = logging.getLogger(__name__)
+
+_QUIET_SECONDS = 1.0  # the reserve shrinks by a step per quiet period of this length
+
+
+class SlabLender:
+    """`memory.manager.Lender` for the online pool.
+
+    `window` is online's own, `victim_window` the worker's. `cache_slabs` is how many slabs online may keep for the sake of
+    cached prefixes alone. `holdings` tells what offline's slabs hold.
+    """
+
+    def __init__(
+        self,
+        slabs: SlabPool,
+        kv: KVManager,
+        window: HostWindow,
+        victim_window: HostWindow,
+        clock: Clock,
+        *,
+        reserve: Reserve,
+        victims: Victims,
+        holdings: Callable[[], Holdings],
+        cache_slabs: int,
+    ) -> None:
+        self._slabs, self._kv, self._window, self._victim_window, self._clock = slabs, kv, window, victim_window, clock
+        self._victims, self._holdings, self._cache_slabs = victims, holdings, cache_slabs
+        self.reserve = reserve
+        self.reclaims = 0  # times online ran out and took slabs
+        self.reclaimed_slabs = 0
+        self.reclaimed_for: Counter[str] = Counter()  # request id -> slabs taken on its behalf
+        self._last_change = clock.now()
+        self._punches: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._puncher = threading.Thread(target=self._punch, name="slab-puncher", daemon=True)
+        self._puncher.start()
+        self._take(slabs.owned(Tenant.OFFLINE)[: reserve.fixed_share or reserve.headroom])
+
+    def lendable(self) -> int:
+        if self.reserve.fixed_share is not None:
+            return 0
+        return self._slabs.count(Tenant.OFFLINE) * self._kv.pool.pages_per_slab
+
+    def lend(self, num_pages: int, request: Request) -> None:
+        """Reclaim slabs for `num_pages` pages, and headroom for the next time (papers: Valve, dynamic reservation)."""
+        theirs = self._slabs.owned(Tenant.OFFLINE)
+        if self.reserve.fixed_share is not None or not theirs:
+            return
+        self.reserve.reclaimed()
+        wanted = -(-num_pages // self._kv.pool.pages_per_slab) + self.reserve.headroom
+        taken = self._victims(theirs, min(wanted, len(theirs)), self._holdings())
+        self._take(taken)
+        self.reclaims += 1
+        self.reclaimed_slabs += len(taken)
+        self.reclaimed_for[request.id] += len(taken)
+        self._last_change = self._clock.now()
+
+    def settle(self) -> None:
+        """After a quiet period, want a little less and give back what is beyond that."""
+        if self.reserve.fixed_share is not None or self._clock.now() - self._last_change < _QUIET_SECONDS:
+            return
+        self._last_change = self._clock.now()
+        self.reserve.quiet()
+        self._give(self._surplus())
+
+    def _surplus(self) -> list[int]:
+        """Slabs without a page in use, empty ones first, beyond the headroom and what cached prefixes may occupy."""
+        pool = self._kv.pool
+        empty: list[int] = []
+        cached: list[int] = []
+        for slab in self._slabs.owned(Tenant.ONLINE):
+            states = {pool.state(page) for page in pool.slab_pages(slab)}
+            if PageState.USED in states:
+                continue
+            (cached if PageState.CACHED in states else empty).append(slab)
+        spare = empty[self.reserve.headroom :]
+        return spare + cached[: max(0, len(cached) - self._cache_slabs)]
+
+    def _take(self, slabs: list[int]) -> None:
+        self._slabs.transfer(slabs, Tenant.ONLINE)
+        for slab in slabs:
+            self._window.map(slab)
+            self._kv.add_slab(slab)
+            self._punches.put(slab)
+
+    def _give(self, slabs: list[int]) -> None:
+        for slab in slabs:
+            hit = self._kv.remove_slab(slab)
+            assert not hit, "a slab with a page in use was given away"
+            self._window.unmap(slab)
+        self._slabs.transfer(slabs, Tenant.OFFLINE)
+
+    def close(self) -> None:
+        self._punches.put(None)
+        self._puncher.join()
+
+    def _punch(self) -> None:
+        while (slab := self._punches.get()) is not None:
+            try:
+                self._victim_window.punch(slab)
+            except OSError as error:
+                logger.warning("slab %d: its memory could not be taken from the offline worker: %s", slab, error)

@@ -1,0 +1,214 @@
+"""The offline worker: `python -m engine.colocate.worker`, a process with one model, the same core, and slabs that may vanish.
+
+Started by the main process with its descriptors on the command line. Three things differ from an engine of its own: at each
+layer boundary it shows progress, obeys the layer gate and looks whether its slabs changed; requests that lost pages leave the
+step and wait again; and it keeps nothing durable, so it may be killed or frozen at any instruction.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+
+import msgspec
+
+from engine.build import build_core, load_model
+from engine.colocate import ipc
+from engine.colocate.control import ControlPage, Word
+from engine.core import EngineCore
+from engine.errors import EngineDead, InvalidCheckpoint, InvalidConfig
+from engine.loop import EngineLoop
+from engine.memory.window import HostWindow
+from engine.sched.plan import StepPlan, StepResult
+from engine.sched.scheduler import TenantCounters
+from engine.types import Abort, Tenant, TokenOut
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 0.02  # least time between two reports
+_GATE_POLL_SECONDS = 100e-6
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What main knows of a worker without asking: for metrics and for the choice of victims."""
+
+    running: int
+    waiting: int
+    kv_pages: int
+    kv_pages_free: int
+    prefix_queries: int
+    prefix_hits: int
+    counters: TenantCounters
+    holders: Mapping[int, list[int]]  # slab -> numbers of the requests with pages in it
+    costs: Mapping[int, int]  # number of a request -> tokens to compute again if it loses a page
+
+
+class SlabWatch:
+    """Follows the owner and epoch of every slab in the control page, and tells the scheduler what came and went."""
+
+    def __init__(self, control: ControlPage, window: HostWindow, core: EngineCore) -> None:
+        self._control = control
+        self._window = window
+        self._core = core
+        self._epochs: dict[int, int] = {}  # the slabs the scheduler has, and since which epoch
+        self._generation = -1
+
+    @property
+    def changed(self) -> bool:
+        """Whether some slab changed its owner since `sync`. Cheap enough for every layer."""
+        return self._control[Word.GENERATION] != self._generation
+
+    def sync(self) -> None:
+        """Take in all changes. A slab that went and came back between two looks has lost its contents all the same."""
+        if not self.changed:
+            return
+        # Read before the slabs: a change that happens meanwhile is seen again next time.
+        self._generation = self._control[Word.GENERATION]
+        scheduler = self._core.scheduler
+        for slab in range(self._control.num_slabs):
+            owner, epoch = self._control.slab(slab)
+            if slab in self._epochs and (owner is not Tenant.OFFLINE or epoch != self._epochs[slab]):
+                del self._epochs[slab]
+                scheduler.lose_slab(slab)
+                self._window.unmap(slab)  # with what this process wrote there after it was taken
+            if owner is Tenant.OFFLINE and slab not in self._epochs:
+                self._epochs[slab] = epoch
+                self._window.map(slab)
+                scheduler.kv.add_slab(slab)
+
+
+class Reporter:
+    """Writes a report after a step, not more often than every few milliseconds."""
+
+    def __init__(self, control: ControlPage, core: EngineCore) -> None:
+        self._control = control
+        self._core = core
+        self._next = 0.0
+
+    def after_step(self, plan: StepPlan, result: StepResult) -> None:
+        now = time.monotonic()  # noqa: TID251 - pacing only
+        if now >= self._next:
+            self._next = now + _REPORT_SECONDS
+            self.write()
+
+    def write(self) -> None:
+        scheduler, tenant = self._core.scheduler, Tenant.OFFLINE
+        kv, pool = scheduler.kv, scheduler.kv.pool
+        holders: dict[int, list[int]] = {}
+        costs: dict[int, int] = {}
+        for number, request in enumerate(kv.holders()):
+            costs[number] = request.num_computed
+            for slab in {page // pool.pages_per_slab for page in request.pages}:
+                holders.setdefault(slab, []).append(number)
+        report = Report(
+            running=scheduler.num_running(tenant),
+            waiting=scheduler.num_waiting(tenant),
+            kv_pages=pool.num_used(tenant),
+            kv_pages_free=pool.num_free,
+            prefix_queries=kv.prefix_queries[tenant],
+            prefix_hits=kv.prefix_hits[tenant],
+            counters=scheduler.counters[tenant],
+            holders=holders,
+            costs=costs,
+        )
+        if not self._control.write_report(report):
+            self._control.write_report(msgspec.structs.replace(report, holders={}, costs={}))
+
+
+class Worker:
+    """The worker's main thread: reads frames; the engine's thread runs the steps."""
+
+    def __init__(self, sock: socket.socket, control: ControlPage, window_fd: int) -> None:
+        self._sock = sock
+        self._control = control
+        self._window_fd = window_fd
+
+    def run(self) -> int:
+        """Until the main process goes away. Returns an exit status."""
+        start = ipc.receive(self._sock)
+        if not isinstance(start, ipc.Start):
+            return 1
+        os.nice(start.nice)
+        try:
+            loop = self._start(start)
+        except (InvalidConfig, InvalidCheckpoint) as error:
+            ipc.send(self._sock, ipc.Failed(str(error), fatal=True))
+            return 2
+        ipc.send(self._sock, ipc.Ready())
+        self._serve(loop)
+        # Main is gone or wants us gone. Nothing here is worth a clean shutdown, and a step may take long.
+        os._exit(0)
+
+    def _start(self, start: ipc.Start) -> EngineLoop:
+        built = load_model(start.config, memory=start.memory, window_fd=self._window_fd, progress=False)
+        core = build_core(start.config, built, slabs=())
+        assert built.window is not None
+        watch = SlabWatch(self._control, built.window, core)
+        watch.sync()
+        reporter = Reporter(self._control, core)
+        core.sync = watch.sync
+        core.on_step = reporter.after_step
+        core.interrupted = lambda: self._at_boundary(watch)
+        loop = EngineLoop(core, self._deliver, self._died, name="offline-engine")
+        loop.call(reporter.write)
+        return loop
+
+    def _at_boundary(self, watch: SlabWatch) -> bool:
+        self._boundary()
+        return watch.changed
+
+    def _boundary(self) -> None:
+        """Between two layers: show progress, and stand still while the gate is closed.
+
+        Fails open: if main gives no sign of life, nobody would ever open the gate again.
+        """
+        self._show_progress()
+        while self._control[Word.FROZEN] and self._control.main_is_alive():
+            time.sleep(_GATE_POLL_SECONDS)
+            if not self._control[Word.FROZEN]:
+                self._show_progress()
+
+    def _show_progress(self) -> None:
+        self._control[Word.PROGRESS_NS] = time.monotonic_ns()
+        self._control[Word.PROGRESS] += 1
+
+    def _serve(self, loop: EngineLoop) -> None:
+        while (frame := ipc.receive(self._sock)) is not None:
+            if isinstance(frame, ipc.Put):
+                loop.put(frame.submit)
+            elif isinstance(frame, ipc.Drop):
+                loop.put(Abort(frame.id))
+            elif isinstance(frame, ipc.Spin):
+                while not select.select([self._sock], [], [], 0)[0]:
+                    self._boundary()
+
+    def _deliver(self, outs: list[TokenOut]) -> None:
+        try:
+            ipc.send(self._sock, ipc.Outs(outs))
+        except OSError:
+            os._exit(0)
+
+    def _died(self, error: EngineDead) -> None:
+        logger.error("the offline engine stopped: %s", error)
+        ipc.send(self._sock, ipc.Failed(str(error), fatal=False))
+        os._exit(3)
+
+
+def main() -> int:
+    """`worker SOCKET_FD CONTROL_FD NUM_SLABS WINDOW_FD`"""
+    socket_fd, control_fd, num_slabs, window_fd = map(int, sys.argv[1:])
+    # The terminal's Ctrl-C and a service manager's SIGTERM go to the main process, which knows what to do with this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="offline worker: %(message)s")
+    return Worker(socket.socket(fileno=socket_fd), ControlPage(num_slabs, control_fd), window_fd).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

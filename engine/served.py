@@ -1,0 +1,129 @@
+"""The models an engine serves, as clients know them: names, context length, tokenizer; and the memory two of them share."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.build import Memory, max_model_len, pages_in, plan_memory
+from engine.config import EngineConfig
+from engine.demo import DEMO_NAMES, resolve_model
+from engine.errors import InvalidCheckpoint, InvalidConfig
+from engine.memory.reserve import kept_slabs
+from engine.spec import ModelSpec, load_spec
+from engine.types import ModelCard, Tenant
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One model. `config` is what its worker runs with."""
+
+    card: ModelCard
+    path: Path
+    config: EngineConfig
+    tokenizer: Tokenizer
+
+    def is_called(self, name: str) -> bool:
+        return name == self.card.id or name in self.card.aliases
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """The online model, perhaps an offline one, and the memory they run in."""
+
+    online: Served
+    offline: Served | None
+    memory: Memory
+
+    def find(self, name: str | None, tenant: Tenant | None) -> Served | None:
+        """Who serves `name` (None: the tenant's own model) to the tenant.
+
+        The offline model's process also serves its model's other name, if the tenant is offline and both are one model.
+        """
+        if name is None:
+            found: Served | None = self.online
+        else:
+            found = next((served for served in (self.online, self.offline) if served and served.is_called(name)), None)
+        if found is None or self.offline is None or tenant is not Tenant.OFFLINE:
+            return found
+        return self.offline if name is None or found.path == self.offline.path else found
+
+
+def open_models(config: EngineConfig, *, progress: bool) -> ServedModels:
+    """Look at the checkpoints, without loading weights. An offline model that cannot be used is reported and left out."""
+    path = resolve_model(config.model, progress=progress)
+    spec = load_spec(path)
+    other = _offline_checkpoint(config, progress)
+    memory = plan_memory(config, [spec] if other is None else [spec, other[1]])
+    online = serve(config, path, spec, memory, names=_names(config.model, config.served_model_name))
+    if other is None:
+        return ServedModels(online, None, memory)
+    return ServedModels(online, _serve_offline(config, online, *other, memory), memory)
+
+
+def serve(
+    config: EngineConfig,
+    path: Path,
+    spec: ModelSpec,
+    memory: Memory,
+    *,
+    names: tuple[str, ...] = (),
+    tenant: Tenant = Tenant.ONLINE,
+    tokenizer: Tokenizer | None = None,
+) -> Served:
+    """A model with its names (default: its folder's) and its tokenizer (default: the folder's)."""
+    from engine.tokenizer import Tokenizer
+
+    names = names or (path.name,)
+    card = ModelCard(
+        id=names[0],
+        aliases=names[1:],
+        tenant=tenant,
+        max_model_len=max_model_len(config, spec, pages_in(config, spec, memory)),
+        vocab_size=spec.vocab_size,
+        created=int(time.time()),  # noqa: TID251 - a stamp for clients
+    )
+    return Served(card, path, config, tokenizer or Tokenizer.load(path))
+
+
+def _names(model: str, served: tuple[str, ...]) -> tuple[str, ...]:
+    """Names under which clients reach a model, the first one being its id."""
+    if served:
+        return served
+    return DEMO_NAMES if model in DEMO_NAMES else (Path(model).expanduser().resolve().name,)
+
+
+def _offline_checkpoint(config: EngineConfig, progress: bool) -> tuple[Path, ModelSpec] | None:
+    if config.offline_model is None:
+        return None
+    try:
+        path = resolve_model(config.offline_model, progress=progress)
+        return path, load_spec(path)
+    except (InvalidConfig, InvalidCheckpoint) as error:
+        logger.error("serving without the offline model %r: %s", config.offline_model, error)
+        return None
+
+
+def _serve_offline(config: EngineConfig, online: Served, path: Path, spec: ModelSpec, memory: Memory) -> Served:
+    assert config.offline_model is not None
+    if config.offline_served_model_name is not None:
+        names: tuple[str, ...] = (config.offline_served_model_name,)
+    else:
+        names = tuple(name for name in _names(config.offline_model, ()) if not online.is_called(name))
+        names = names or (f"{_names(config.offline_model, ())[0]}-offline",)
+    if online.is_called(names[0]):
+        raise InvalidConfig(f"--offline-served-model-name {names[0]!r} is the online model's name; choose another")
+    # What online keeps for its reserve and its cached prefixes is not there for the longest offline request.
+    available = memory.num_slabs - kept_slabs(config.reserve, memory.num_slabs, config.online_cache_share)
+    least = pages_in(config, spec, Memory(max(1, available), memory.slab_bytes))
+    longest = min(spec.max_position, least * config.page_size)
+    offline = replace(config, model=config.offline_model, offline_model=None, max_model_len=longest)
+    return serve(offline, path, spec, memory, names=names, tenant=Tenant.OFFLINE)
