@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 IN_FLIGHT = 8
-ATTEMPTS = 10
+ATTEMPTS = 10  # at one line, while the server says that it is full
+REPORT_SECONDS = 5.0
 
 
 def main() -> int:
@@ -34,7 +35,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     if _wait_until_ready(url, server):
         _say(f"{len(lines)} lines as offline work; try it meanwhile:")
-        _say(f'  curl {url}/v1/completions -d \'{{"prompt": "Once upon a time", "max_tokens": 32}}\'')
+        _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\")
+        _say("""    -d '{"prompt": "Once upon a time", "max_tokens": 32}'""")
         _run(lines, url, server, Path("data") / (Path(job).stem + ".results.jsonl"))
     return server.wait()
 
@@ -58,20 +60,23 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> bool:
 
 def _run(lines: list[dict[str, Any]], url: str, server: subprocess.Popen[bytes], out: Path) -> None:
     out.parent.mkdir(exist_ok=True)
-    began, tokens = time.monotonic(), 0
+    began = told = time.monotonic()
+    tokens = 0
     with ThreadPoolExecutor(IN_FLIGHT) as pool, out.open("w", encoding="utf-8") as file:
         answers = [pool.submit(_answer, line, url, server) for line in lines]
         for done, answer in enumerate(as_completed(answers), start=1):
             record = answer.result()
             file.write(json.dumps(record) + "\n")
             tokens += (record["response"]["body"].get("usage") or {}).get("completion_tokens", 0)
-            if done % IN_FLIGHT == 0 or done == len(lines):
-                _say(f"{done}/{len(lines)} lines, {tokens / (time.monotonic() - began):.0f} tok/s")
+            now = time.monotonic()
+            if now - told >= REPORT_SECONDS or done == len(lines):
+                told = now
+                _say(f"{done}/{len(lines)} lines, {tokens / (now - began):.0f} tok/s")
     _say(f"answers are in {out}" if server.poll() is None else "the server has stopped; what was answered is in " + str(out))
 
 
 def _answer(line: dict[str, Any], url: str, server: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """The batch record of one line. Tries again where the server says that it is full."""
+    """The batch record of one line."""
     status, body = 0, {"error": {"message": "the server has stopped", "type": "server_error", "param": None, "code": None}}
     data = json.dumps(line["body"] | {"service_tier": "flex"}).encode()
     for _ in range(ATTEMPTS):
