@@ -7,6 +7,7 @@ computes faster than a plain matrix at hundreds; nothing else of the weight is k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,13 +149,11 @@ class CpuAttention:
                 singles.append((offset, len(tables), start))
                 tables += table[:needed]
             else:
-                chunks.append(_Chunk(start, count, offset, torch.tensor(table[:needed], dtype=torch.int64)))
-        if pages and not 0 <= min(pages) <= max(pages) < self._kv.shape[0]:
+                chunks.append(_Chunk(start, count, offset, _int64(table[:needed])))
+        named = pages + tables  # the loops check no index
+        if named and not 0 <= min(named) <= max(named) < self._kv.shape[0]:
             raise IndexError(f"page table names a page outside 0..{self._kv.shape[0] - 1}")
-        if tables and not 0 <= min(tables) <= max(tables) < self._kv.shape[0]:
-            raise IndexError(f"page table names a page outside 0..{self._kv.shape[0] - 1}")
-        flat = (torch.tensor(values, dtype=torch.int64) for values in (pages, slots, tables))
-        return CpuPlan(*flat, tuple(singles), tuple(chunks))
+        return CpuPlan(_int64(pages), _int64(slots), _int64(tables), tuple(singles), tuple(chunks))
 
     def run(
         self, handle: CpuPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
@@ -214,6 +213,10 @@ class CpuAttention:
         return attend(q, k, v, handle.masks[key])
 
 
+def _int64(values: Sequence[Any]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
 def _cut(singles: tuple[tuple[int, int, int], ...], window: int | None, num_heads: int, head_dim: int) -> _Pieces:
     cuts = []
     for token, table, position in singles:
@@ -221,7 +224,7 @@ def _cut(singles: tuple[tuple[int, int, int], ...], window: int | None, num_head
         cuts += [(token, table, at, min(at + _PIECE, position + 1)) for at in range(first, position + 1, _PIECE)]
     n = len(cuts)
     room = (torch.empty(n, width) for width in (num_heads * head_dim, num_heads, num_heads))
-    return _Pieces(torch.tensor(cuts, dtype=torch.int64), *room)
+    return _Pieces(_int64(cuts), *room)
 
 
 def make_attention(kv: torch.Tensor) -> CpuAttention | TorchAttention:

@@ -21,7 +21,7 @@ import torch
 from engine.types import SamplingParams, TokenLogprob
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON has no word for
-_CANDIDATES = 256  # largest weights looked at before top_p falls back to sorting the vocabulary
+_CANDIDATES = (256, 4096)  # largest weights that top_p looks at before it sorts the vocabulary
 _BLOCK = 256  # ids summed together in the first stage of a draw
 
 
@@ -166,7 +166,7 @@ def nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
     """Places, ascending, of the fewest largest weights whose sum reaches top_p of the total; the lower of equals first."""
     wanted = top_p * float(weights.sum(dtype=torch.float64))
     size = weights.shape[0]
-    for width in (min(_CANDIDATES, size), size):  # a few nearly always do, and sorting a vocabulary is slow
+    for width in (*(few for few in _CANDIDATES if few < size), size):  # a few nearly always do; a full sort is slow
         largest = weights.topk(width).values
         sums = largest.cumsum(0, dtype=torch.float64)
         count = 1 + int((sums[:-1] < wanted).sum())

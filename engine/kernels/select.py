@@ -38,6 +38,7 @@ def _cpu() -> Backend:
     """The compiled kernels, or the reference where numba or torch's OpenMP and oneDNN are missing."""
     device = torch.device("cpu")
     if torch.backends.mkldnn.is_available():
+        _log.info("loading the CPU kernels; the first start of a version compiles them, up to ten seconds")
         try:
             from engine.kernels import cpu, cpu_loops
         except ModuleNotFoundError as error:
