@@ -30,7 +30,7 @@ from engine.kernels import triton_attention, triton_ops, triton_pages, triton_sa
 from engine.kernels.triton_config import Launch, launches
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
-_TOLERATED_SPILL = 32  # bytes a thread; 255 registers are the most there are
+_TOLERATED_SPILL = 64  # bytes a thread; outside the loops that is noise
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MMA = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA)\b")

@@ -489,7 +489,8 @@ class TritonAttention:
             self._staging = Staging(self._words(), self._device)
             self.generation += 1
         ends = np.cumsum(np.array(needed, np.int64))
-        rows = Rows(*(np.array(part, np.int64) for part in (meta.starts, meta.counts, meta.offsets)), ends - needed)
+        starts, counts, offsets = (np.array(part, np.int64) for part in (meta.starts, meta.counts, meta.offsets))
+        rows = Rows(starts, counts, offsets, ends - needed)
 
         short = rows.counts <= self._decode.split.unit_tokens
         if fixed_rows is not None and not (short.all() and len(short) <= fixed_rows):

@@ -55,7 +55,8 @@ _HALF: dict[tuple[int, int], tuple[Launch, Launch]] = {
     (90, 128): (_prefill(128, 64, 8, 3, 1), _decode(64, 3, 3)),
     (90, 256): (_prefill(128, 32, 8, 2, 1), _decode(32, 3, 2)),
 }
-_FLOAT = (_prefill(32, 32, 4, 2, 1), _decode(32, 2, 1))  # no tensor cores: float32 is for tests and small models
+# No tensor cores: float32 is for tests and small models.
+_FLOAT = (_prefill(32, 16, 8, 2, 2), Launch(16, 32, 8, 2, 2, min_keys=256))
 _INTERPRETED = 8  # multiprocessors of the imaginary sm_80 that the interpreter stands for
 
 

@@ -22,7 +22,6 @@ import triton.language as tl
 from engine.kernels.sampling import LOGPROB_FLOOR, Sample, SampledRow, takes_likeliest
 from engine.types import TokenLogprob
 
-_FIELDS = 8  # temperature, top_k, top_p, depth of min_p, repetition, frequency, presence, uniform
 _BLOCK = 4096  # ids that a program looks at together
 _ENTRIES = 256
 _IN_PROMPT = tl.constexpr(1 << 30)  # bit of a count that says: somewhere in the sequence
@@ -266,7 +265,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> DeviceSampled:
 
 def _pick(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
     """[N] int64 tokens for rows of logits [N, vocab] that may be overwritten."""
-    params = _send(np.array([_parameters(row) for row in rows], np.float64), logits.device)
+    params = _send(np.array([_parameters(row, logits.shape[1]) for row in rows], np.float64), logits.device)
     _add_bias(logits, rows)
     _penalise(logits, rows, params)
     vocab = logits.shape[1]
@@ -276,12 +275,13 @@ def _pick(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
     return tokens
 
 
-def _parameters(row: SampledRow) -> tuple[float, ...]:
+def _parameters(row: SampledRow, vocab: int) -> tuple[float, ...]:
     p = row.params
+    """What the kernels read of a row, in this order."""
     depth = abs(math.log(p.min_p)) if p.min_p > 0.0 else math.inf  # abs: minus zero has other bits
     return (
         p.temperature,
-        max(p.top_k, 0) if p.top_k < 1 << 31 else 0,
+        p.top_k if 0 < p.top_k < vocab else 0,
         p.top_p,
         depth,
         p.repetition_penalty,
@@ -301,9 +301,9 @@ def _add_bias(logits: torch.Tensor, rows: Sequence[SampledRow]) -> None:
             added[index, token] = -math.inf
     if added:
         places = _send(np.array(list(added), np.int32).T.copy(), logits.device)
-        bias = _send(np.array(list(added.values()), np.float32), logits.device)
+        amounts = _send(np.array(list(added.values()), np.float32), logits.device)
         bias_kernel[(triton.cdiv(len(added), _ENTRIES),)](
-            logits, places[0], places[1], bias, len(added), logits.shape[1], BLOCK=_ENTRIES
+            logits, places[0], places[1], amounts, len(added), logits.shape[1], BLOCK=_ENTRIES
         )
 
 
@@ -312,8 +312,8 @@ def _penalise(logits: torch.Tensor, rows: Sequence[SampledRow], params: torch.Te
     parts: list[npt.NDArray[np.int32]] = []
     for index, row in enumerate(rows):
         p = row.params
-        whole, output = p.repetition_penalty != 1.0, (p.frequency_penalty, p.presence_penalty) != (0.0, 0.0)
-        if whole or output:
+        whole, outputs = p.repetition_penalty != 1.0, (p.frequency_penalty, p.presence_penalty) != (0.0, 0.0)
+        if whole or outputs:
             first = 0 if whole else min(row.num_prompt, row.end)
             ids = np.array(row.tokens[first : row.end], np.int32)
             is_output = np.arange(first, first + len(ids), dtype=np.int64) >= row.num_prompt

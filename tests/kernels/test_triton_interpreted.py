@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-MODULES = sorted(path.name for path in HERE.glob("test_triton_*.py") if "from triton_device" in path.read_text())
+MODULES = sorted(path.name for path in HERE.glob("test_triton_*.py") if "\nfrom triton_device" in path.read_text())
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already inside")
