@@ -32,6 +32,7 @@ class PagePool:
         self._tenant: list[Tenant | None] = [None] * size
         self._free: list[list[int]] = [[] for _ in range(num_slabs)]
         self._open: list[int] = []  # heap of slabs that may have free pages; cleaned lazily
+        self._in_open = bytearray(num_slabs)  # whether a slab is in the heap, so that it is there once
         self._counts = dict.fromkeys(PageState, 0)
         self._counts[PageState.ABSENT] = size
         self._used = dict.fromkeys(Tenant, 0)
@@ -80,7 +81,7 @@ class PagePool:
             slab = self._open[0]
             stack = self._free[slab]
             if not stack:
-                heapq.heappop(self._open)
+                self._in_open[heapq.heappop(self._open)] = False
                 continue
             page = stack.pop()
             self._move(page, PageState.USED)
@@ -154,7 +155,8 @@ class PagePool:
         self._move(page, PageState.FREE)
         self._tenant[page] = None
         slab = page // self.pages_per_slab
-        if not self._free[slab]:
+        if not self._in_open[slab]:
+            self._in_open[slab] = True
             heapq.heappush(self._open, slab)
         self._free[slab].append(page)
 
@@ -176,3 +178,4 @@ class PagePool:
         assert len(free) == len(set(free)) == counts[PageState.FREE]
         assert all(self._state[page] == PageState.FREE for page in free)
         assert all(slab in self._open for slab, stack in enumerate(self._free) if stack)
+        assert sorted(self._open) == [slab for slab, listed in enumerate(self._in_open) if listed]
