@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.model", "engine.weights", "engine.sched"),
     ("engine.forward", "engine.runner", "engine.fake"),
     ("engine.core", "engine.colocate.arbiter", "engine.colocate.control", "engine.colocate.gate"),
-    ("engine.build", "engine.loop", "engine.colocate", "engine.generation", "engine.engine"),
+    ("engine.build", "engine.loop", "engine.colocate", "engine.served", "engine.generation", "engine.engine"),
     ("engine",),  # the package's own __init__: the public names
     ("engine.replies", "engine.calls", "engine.openai", "engine.joblines", "engine.joblog", "engine.jobrun", "engine.batch"),
     ("server",),

@@ -1,0 +1,67 @@
+"""What the documents name exists: files, flags, metrics, links. What they say is for people to check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from engine import batch
+from server import cli
+from server.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("nvdriver/*.md")])
+
+
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def test_the_file_map_is_whole() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE))
+    files = {path.relative_to(ROOT) for package in ("engine", "server", "nvdriver") for path in (ROOT / package).rglob("*.py")}
+    real = {path.as_posix() for path in files if path.name != "__init__.py"} | {"engine/__init__.py"}
+    assert listed == real
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_flags_exist(document: Path) -> None:
+    """Every --flag in code marks is one of the server's, of a job's, or of the benchmarks in bench/."""
+    known = {
+        flag
+        for parser in (cli.make_parser(), batch.make_parser())
+        for action in parser._actions
+        for flag in action.option_strings
+    }
+    known |= {
+        flag for path in (ROOT / "bench").glob("*.py") for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))
+    }
+    text = document.read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
+    assert named - known == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_metrics_exist(document: Path) -> None:
+    source = (ROOT / "server/metrics.py").read_text(encoding="utf-8")
+    exported = {family.name for family in Metrics().registry.collect()}
+    for name in re.findall(r"\bsluice_\w+", document.read_text(encoding="utf-8")):
+        plain = name.removesuffix("_total")
+        assert plain in exported or f'"{plain.removeprefix("sluice_")}"' in source, name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_modules_that_are_run_exist(document: Path) -> None:
+    for module in re.findall(r"python -m ((?:engine|server|bench|nvdriver)[\w.]*)", document.read_text(encoding="utf-8")):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
