@@ -101,7 +101,6 @@ LONG_FILES: dict[str, str] = {
 }
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {
     ("engine/kernels/triton_attention.py", "attend_kernel"): "a Triton kernel is one function: helpers cannot carry its state",
-    ("engine/kernels/cpu_loops.py", "decode_pieces"): "one compiled kernel with its inner loops nested in it",
 }
 
 # What importing (or running with these arguments) must not load.
