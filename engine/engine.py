@@ -94,6 +94,7 @@ class Engine:
         self._random = random.Random(self.config.seed)
         self._lock = threading.Lock()
         self._live: dict[str, Generation] = {}
+        self._num_online = 0  # sequences of live online generations
         self._count = 0
         self._draining = False
         self._dead: EngineDead | None = None
@@ -297,7 +298,8 @@ class Engine:
             raise self._dead
         if self._draining:
             raise ShuttingDown("the engine is shutting down and takes no new requests", retry_after=30)
-        if tenant is Tenant.ONLINE and self._core.scheduler.num_waiting(tenant) >= self.config.max_num_queued_reqs:
+        waiting = self._num_online - self._core.scheduler.num_running(Tenant.ONLINE)
+        if tenant is Tenant.ONLINE and waiting >= self.config.max_num_queued_reqs:
             raise Overloaded(f"{self.config.max_num_queued_reqs} requests are waiting already; try again later")
 
     def _start(
@@ -336,6 +338,7 @@ class Engine:
             self._arrive(generation, generation.cost)
         with self._lock:
             self._live[key] = generation
+            self._num_online += params.n * (tenant is Tenant.ONLINE)
         try:
             for index in range(params.n):
                 one = replace(params, seed=seed).for_choice(index)
@@ -378,7 +381,10 @@ class Engine:
         """The generation has ended."""
         with self._lock:
             generation = self._live.pop(key, None)
-        if generation is not None and generation.tenant is Tenant.ONLINE and self._sharing is not None:
+            if generation is None or generation.tenant is not Tenant.ONLINE:
+                return
+            self._num_online -= generation.params.n
+        if self._sharing is not None:
             names = tuple(f"{key}.{index}" for index in range(generation.params.n))
             self._sharing.finish(id(generation), generation.cost, names)
             self._sharing.count(generation.cost)

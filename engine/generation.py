@@ -222,7 +222,7 @@ class Generation:
             mail, self._mail = self._mail, []
             if not mail and self._dead is not None:
                 raise self._dead
-            return merge_deltas(mail), self.finished
+            return merge_deltas(mail), self._dead is None and self.finished
 
     async def _wait_async(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
