@@ -10,6 +10,8 @@ import enum
 import math
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from engine.errors import InvalidRequest
 
 MAX_N = 128
@@ -202,8 +204,7 @@ class Abort:
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True):
     """Natural-log probability of `token` and of the likeliest alternatives, likeliest first."""
 
     token: int
@@ -212,8 +213,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOut:
+class TokenOut(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did to one request. At most one per request and step."""
 
     id: str

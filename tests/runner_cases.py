@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ def generate(
         count = min(chunk, len(tokens) - computed)
         sample = computed + count == len(tokens)
         row = make_row("r", tokens, start=computed, count=count, pages=pages, sample=sample, **settings)
-        outcome = run(runner, replace(row, num_prompt=len(prompt)))["r"]
+        outcome = run(runner, msgspec.structs.structs.replace(row, num_prompt=len(prompt)))["r"]
         computed += count
         if sample:
             assert outcome.token is not None

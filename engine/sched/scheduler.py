@@ -47,7 +47,10 @@ class _Step:
 
     def add(self, row: PlanRow) -> None:
         self.left -= row.count
-        self.left_offline = min(self.left_offline - row.count * (row.tenant is Tenant.OFFLINE), self.left)
+        if row.tenant is Tenant.OFFLINE:
+            self.left_offline -= row.count
+        if self.left_offline > self.left:
+            self.left_offline = self.left
         self.rows.append(row)
         self.placed.add(row.request_id)
 
@@ -159,24 +162,26 @@ class Scheduler:
     def _place(self, request: Request, step: _Step, view: View) -> None:
         if request.state is RequestState.WAITING and not self._admit(request, step, view):
             return
-        count = min(request.num_pending, step.room(request.tenant))
-        if not self._grow(request, request.num_computed + count, step, view):
+        start, known = request.num_computed, len(request.tokens)
+        end = min(known, start + step.room(request.tenant))
+        if end > len(request.pages) * self.kv.page_size and not self._grow(request, end, step, view):
             return
-        sample = count == request.num_pending
-        suppress = request.num_output < request.params.min_tokens
+        params = request.params
+        sample = end == known
+        num_output = known - request.num_prompt
         step.add(
             PlanRow(
-                request_id=request.id,
-                tenant=request.tenant,
-                tokens=request.tokens,
-                num_prompt=request.num_prompt,
-                start=request.num_computed,
-                count=count,
-                pages=request.pages,
-                sample=sample,
-                params=request.params,
-                uniform=uniform(request.seed, request.num_output) if sample and not request.params.greedy else 0.0,
-                suppress=tuple(request.stop_ids) if suppress else (),
+                request.id,
+                request.tenant,
+                request.tokens,
+                request.num_prompt,
+                start,
+                end - start,
+                request.pages,
+                sample,
+                params,
+                uniform(request.seed, num_output) if sample and params.temperature else 0.0,
+                tuple(request.stop_ids) if num_output < params.min_tokens else (),
             )
         )
 
@@ -309,22 +314,31 @@ class Scheduler:
         if result.error is not None:
             return self._finish(request, FinishReason.ERROR, error=result.error)
         counters = self.counters[request.tenant]
-        request.num_computed = row.end
         counters.computed_tokens += row.count
-        self.kv.commit(request)
-        if request.id in self._prompt_logprobs:
+        request.num_computed = end = row.start + row.count
+        if end % self.kv.page_size == 0 or row.count > 1:
+            self.kv.commit(request)
+        if result.prompt_logprobs and request.id in self._prompt_logprobs:
             self._prompt_logprobs[request.id].extend(result.prompt_logprobs)
         if result.token is None:
             return None
-        if request.num_output == 0:
+        if end == request.num_prompt:
             counters.prompt_tokens += request.num_prompt
         counters.generated_tokens += 1
-        request.tokens.append(result.token)
-        stop = result.token if result.token in request.stop_ids else None
-        if stop is not None and request.num_output >= request.params.min_tokens:
-            return self._finish(request, FinishReason.STOP, result, stop_token=stop)
-        if len(request.tokens) >= request.max_len:
+        tokens = request.tokens
+        tokens.append(result.token)
+        if result.token in request.stop_ids and len(tokens) - request.num_prompt >= request.params.min_tokens:
+            return self._finish(request, FinishReason.STOP, result, stop_token=result.token)
+        if len(tokens) >= request.max_len:
             return self._finish(request, FinishReason.LENGTH, result)
+        if end > request.num_prompt:
+            return TokenOut(
+                id=request.id,
+                token=result.token,
+                logprob=result.logprob,
+                num_cached=request.num_cached,
+                num_preemptions=request.num_preemptions,
+            )
         return self._out(request, result)
 
     def _finish(

@@ -25,8 +25,9 @@ class View:
 
     def catching_up(self, tenant: Tenant) -> Iterator[Request]:
         """The tenant's running requests: those one token behind (decoding) first, then those with more to compute."""
-        decoding = [request for request in self.running[tenant] if request.num_pending == 1]
-        others = [request for request in self.running[tenant] if request.num_pending > 1]
+        decoding, others = [], []
+        for request in self.running[tenant]:
+            (decoding if len(request.tokens) - request.num_computed == 1 else others).append(request)
         return self._still_running([*decoding, *others])
 
     def started(self) -> Iterator[Request]:

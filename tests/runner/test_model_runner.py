@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from msgspec import structs
 from runner_cases import GREEDY, SPEC, generate, kv_of, make_row, make_runner, run, stops_at
 
 from engine.errors import InvalidConfig
@@ -208,7 +209,7 @@ def test_prompt_logprobs_of_a_long_prompt_are_computed_in_pieces(runner: ModelRu
     assert [entry.token for entry in entries] == prompt[1:]
     for place in (1, 255, 256, 257, 299):
         row = make_row("a", prompt[:place], count=place, pages=range(19), sample=True)
-        biased = replace(row, params=replace(params, prompt_logprobs=None, logit_bias=((prompt[place], 100.0),)))
+        biased = structs.replace(row, params=replace(params, prompt_logprobs=None, logit_bias=((prompt[place], 100.0),)))
         outcome = run(runner, biased)["a"]
         assert outcome.token == prompt[place] and outcome.logprob is not None
         assert outcome.logprob.logprob == pytest.approx(entries[place - 1].logprob, abs=1e-4)
