@@ -29,7 +29,9 @@ MAX_PROMPTS = 1024
 MAX_CHOICES = 1024  # n times the number of prompts
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message
-MAX_PROMPT_TOKENS = 1 << 22
+MAX_PROMPT_TOKENS = 1 << 20
+MAX_VALUES = 1 << 20  # JSON values of a body, about
+MAX_CONTAINERS = 1 << 18  # lists and objects of a body, about
 
 _TENANTS: dict[str, Tenant | None] = {
     "auto": None,
@@ -188,12 +190,15 @@ class Call:
         return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
 
 
+_SMALL = 1 << 18  # bytes of JSON that decode fast enough whatever they hold
+_CHUNK = 1 << 20
 _T = TypeVar("_T")
 _PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
 
 
 def decode(raw: bytes) -> Json:
     """The JSON object in `raw`. Raises InvalidRequest for anything else, naming the field where one is to blame."""
+    _check_density(raw)
     try:
         body = msgspec.json.decode(raw)
     except msgspec.ValidationError as error:  # well-formed, but a number is beyond what can be carried
@@ -205,6 +210,22 @@ def decode(raw: bytes) -> Json:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_json")
     return body
+
+
+def _check_density(raw: bytes) -> None:
+    """Refuse a body that would become millions of objects: decoding it would stop every other thread for seconds.
+
+    Counts separators, those inside strings too: so many do not fit any model's context either.
+    """
+    if len(raw) <= _SMALL:
+        return
+    values = containers = 0
+    for start in range(0, len(raw), _CHUNK):
+        part = raw[start : start + _CHUNK]
+        values += part.count(b",")
+        containers += part.count(b"[") + part.count(b"{")
+        if values > MAX_VALUES or containers > MAX_CONTAINERS:
+            raise InvalidRequest("the body has too many values", code="invalid_json")
 
 
 def _culprit(raw: bytes) -> str | None:

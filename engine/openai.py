@@ -138,7 +138,7 @@ async def answer(
         call = parse(url, body, tenant=tenant)
         if call.stream:
             raise unsupported("stream", "this request cannot be streamed")
-        tenant = call.tenant
+        tenant = tenant_of(call, engine.resolve(call.model, call.tenant))
         job = await submit(engine, call, request_id=request_id)
         try:
             return Answer(200, await finish(job))
@@ -171,10 +171,15 @@ def _abort_orphan(future: Future[Job]) -> None:
         future.result().abort()
 
 
+def tenant_of(call: Call, card: ModelCard) -> Tenant:
+    """Who runs `call`: a model of the offline tenant serves nobody else."""
+    return Tenant.OFFLINE if card.tenant is Tenant.OFFLINE else call.tenant or card.tenant
+
+
 def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
     card = engine.resolve(call.model, call.tenant)
     _check_length(call, card)
-    tenant = call.tenant or card.tenant
+    tenant = tenant_of(call, card)
     head = Head(
         id=("chatcmpl-" if call.shape.chat else "cmpl-") + uuid.uuid4().hex,
         created=int(time.time()),  # noqa: TID251 - a stamp for clients

@@ -79,9 +79,8 @@ class InFlight:
         return self._tenants.total()
 
     @contextlib.contextmanager
-    def hold(self, key: str, tenant: Tenant | None) -> Iterator[None]:
+    def hold(self, key: str, tenant: Tenant) -> Iterator[None]:
         """Hold a place while a request is answered. Raises Refused if there is none."""
-        tenant = tenant or Tenant.ONLINE
         if self._per_key and self._keys[key] >= self._per_key:
             raise _full(f"this key has {self._per_key} requests in flight already", "rate_limit_exceeded")
         if tenant is Tenant.OFFLINE and self._flex and self._tenants[tenant] >= self._flex:

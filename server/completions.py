@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from aiohttp import web
 
 from engine.errors import EngineDead, Overloaded, RequestFailed
-from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit
+from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
 from engine.replies import Chunks, Json
 from engine.types import Delta, FinishReason
 from server.admission import Refused, clamp_priority
-from server.http import LARGE_BODY, json_response, read_json
+from server.http import json_response, read_json
 from server.metrics import Metrics
 from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 from server.sse import EventStream, SlowReader, open_stream
@@ -36,15 +36,14 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     service = request.app[SERVICE]
     engine = service.engine_for_work()
     watch = Watch(service.metrics)
-    body = await read_json(request)
-    large = (request.content_length or 0) > LARGE_BODY
-    call = await asyncio.to_thread(parse, url, body) if large else parse(url, body)
+    call = await read_json(request, lambda body: parse(url, body))
     call = replace(call, priority=clamp_priority(call.priority, service.config))
-    with service.in_flight.hold(request[CLIENT], call.tenant):
+    tenant = tenant_of(call, engine.resolve(call.model, call.tenant))
+    with service.in_flight.hold(request[CLIENT], tenant):
         try:
             job = await submit(engine, call)
         except Overloaded as error:
-            raise Refused(error_answer(error, call.tenant)) from None
+            raise Refused(error_answer(error, tenant)) from None
         watch.submitted(job)
         service.jobs.add(job)
         try:

@@ -8,18 +8,20 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from engine.errors import InvalidRequest, SluiceError
 from engine.openai import Answer, decode, error_answer, error_body
+from engine.replies import Json
 from server.admission import Access, Refused
 from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LARGE_BODY = 1 << 16  # bytes; a larger one is read off the event loop
 _SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -42,8 +44,11 @@ def answer_response(answer: Answer, headers: dict[str, str] | None = None) -> we
     return json_response(answer.body, answer.status, headers)
 
 
-async def read_json(request: web.Request) -> dict[str, Any]:
-    """The request's JSON object. Raises Refused or InvalidRequest."""
+async def read_json(request: web.Request, understand: Callable[[Json], T]) -> T:
+    """What `understand` makes of the request's JSON object, off the event loop if it is large.
+
+    Raises Refused, InvalidRequest, and what `understand` raises.
+    """
     config = request.app[SERVICE].config
     if "Content-Type" in request.headers and not request.content_type.endswith("json"):
         raise _refused(415, "send the body as Content-Type: application/json", "unsupported_media_type")
@@ -59,8 +64,8 @@ async def read_json(request: web.Request) -> dict[str, Any]:
     except web.RequestPayloadError:
         raise InvalidRequest("the body could not be read as its headers describe it", code="invalid_body") from None
     if len(raw) <= LARGE_BODY:
-        return decode(raw)
-    return await asyncio.to_thread(decode, raw)
+        return understand(decode(raw))
+    return await asyncio.to_thread(lambda: understand(decode(raw)))
 
 
 def _refused(status: int, message: str, code: str) -> Refused:

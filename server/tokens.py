@@ -38,7 +38,7 @@ class _Detokenize(msgspec.Struct):
 async def tokenize(request: web.Request) -> web.StreamResponse:
     """POST /tokenize: a `prompt`, or `messages` through the chat template, as token ids."""
     engine = request.app[SERVICE].engine
-    body = convert(await read_json(request), _Tokenize)
+    body = await read_json(request, lambda json: convert(json, _Tokenize))
     card = engine.resolve(body.model)
     tokenizer = engine.tokenizer(card.id)
     limit = card.max_model_len
@@ -65,7 +65,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 async def detokenize(request: web.Request) -> web.StreamResponse:
     """POST /detokenize: token ids as text, control tokens spelled out."""
     engine = request.app[SERVICE].engine
-    body = convert(await read_json(request), _Detokenize)
+    body = await read_json(request, lambda json: convert(json, _Detokenize))
     if body.tokens is None:
         raise required("tokens")
     card = engine.resolve(body.model)

@@ -6,28 +6,54 @@ import asyncio
 import contextlib
 import io
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 from aiohttp import web
 from helpers import tiny_checkpoint
 
 from engine import Engine, EngineConfig
+from engine.build import load_model
+from engine.tokenizer import Tokenizer
 from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
 from server.service import Service
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+LONG_CONTEXT = 32_768
+ENDLESS = {"messages": MESSAGES, "max_tokens": 32_000, "ignore_eos": True}  # only an abort ends it
 
 
-def make_engine(folder: Path, **options: Any) -> Engine:
-    """An engine on a random model of 512 tokens of context, named `org/tiny` and `tiny`."""
-    checkpoint = options.pop("checkpoint", None) or tiny_checkpoint(folder)
-    options = {"served_model_name": ("org/tiny", "tiny"), "threads": 1} | options
-    return Engine(config=EngineConfig(model=str(checkpoint), **options), progress=False)
+class HeldTokenizer(Tokenizer):
+    """A tokenizer that stands still while it encodes, until the test lets it go on."""
+
+    entered: threading.Event
+    go_on: threading.Event
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        tokenizer = super().load(path)
+        tokenizer.entered, tokenizer.go_on = threading.Event(), threading.Event()
+        return tokenizer
+
+    def encode(self, text: str, add_special: bool = True, **options: Any) -> list[int]:
+        self.entered.set()
+        assert self.go_on.wait(30), "nobody let the tokenizer go on: the event loop waits for it"
+        return super().encode(text, add_special, **options)
+
+
+def make_engine(folder: Path, *, context: int = 512, held: bool = False, **options: Any) -> Engine:
+    """An engine on a random model, named `org/tiny` and `tiny`, with room for eight requests of its whole context."""
+    checkpoint = tiny_checkpoint(folder, max_position_embeddings=context)
+    options = {"served_model_name": ("org/tiny", "tiny"), "threads": 1, "kv_cache_memory": 2**25 + 8 * 768 * context} | options
+    config = EngineConfig(model=str(checkpoint), **options)
+    if not held:
+        return Engine(config=config, progress=False)
+    return Engine(config=config, built=load_model(config, progress=False), tokenizer=HeldTokenizer.load(checkpoint))
 
 
 class Server:

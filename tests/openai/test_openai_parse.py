@@ -299,6 +299,8 @@ def test_unknown_url() -> None:
         (b'{"a":1,"b":1e999}', "b", "invalid_value"),
         (b'{"a":' + b"[" * 1_000_000, None, "invalid_json"),
         (b'{"a":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", None, "invalid_json"),
+        (b'{"a":[' + b"[]," * 300_000 + b"1]}", None, "invalid_json"),
+        (b'{"a":[' + b"1," * 1_100_000 + b"1]}", None, "invalid_json"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, None, "invalid_json"),
     ],
 )

@@ -197,7 +197,7 @@ async def test_a_full_key_and_a_full_flex_tier(engine: Engine) -> None:
 
 
 async def test_a_full_engine_says_when_to_come_back(tmp_path: Any) -> None:
-    with make_engine(tmp_path, max_num_queued_reqs=1, max_num_seqs=1, kv_cache_memory=2**23) as engine:
+    with make_engine(tmp_path, max_num_queued_reqs=1, max_num_seqs=1) as engine:
         async with serving(engine) as server:
             running = [asyncio.create_task(server.post(CHAT, LONG)) for _ in range(2)]
             while engine.stats().tenants[Tenant.ONLINE].waiting < 1:
@@ -299,6 +299,7 @@ HOSTILE = [
     b'{"messages":[{"role":"user","content":"\\ud800"}]}',
     b'{"prompt":"\xff"}',
     b'{"messages":[{"role":"user","content":' + b'[{"type":"text","text":"x"},' * 500 + b"1" + b"]" * 500 + b"}]}",
+    b'{"messages":[' + b'{"role":"user"},' * 1_000_000 + b"{}]}",
     b"\x00" * 1000,
     b"[" * 100,
     b"null",

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from helpers import tiny_checkpoint
+from serving import LONG_CONTEXT
 
 from engine.errors import InvalidConfig
 from server.cli import make_parser, parse_args
@@ -151,9 +152,9 @@ def test_key_file(tmp_path: Path) -> None:
 class Process:
     """A server process on a tiny model, its log in a file."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, context: int = 512) -> None:
         self.log = folder / "log"
-        checkpoint = tiny_checkpoint(folder)
+        checkpoint = tiny_checkpoint(folder, max_position_embeddings=context)
         command = [sys.executable, "-m", "engine.server", str(checkpoint), "--port", "0", "--threads", "1", *args]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log)
@@ -207,6 +208,7 @@ def started(tmp_path: Path) -> Iterator[list[Process]]:
 
 
 LONG = {"prompt": "abc", "max_tokens": 450, "ignore_eos": True, "n": 8, "stream": True}
+ENDLESS = LONG | {"max_tokens": 32_000, "n": 2}
 
 
 async def test_from_first_answer_to_sigterm(tmp_path: Path, started: list[Process]) -> None:
@@ -246,10 +248,10 @@ async def test_sigterm_drains(tmp_path: Path, started: list[Process]) -> None:
 
 
 async def test_a_drain_is_bounded(tmp_path: Path, started: list[Process]) -> None:
-    server = Process(tmp_path, "--shutdown-timeout", "0")
+    server = Process(tmp_path, "--shutdown-timeout", "0", context=LONG_CONTEXT)
     started.append(server)
     url = await server.ready()
-    running = asyncio.create_task(asyncio.to_thread(post, url, LONG))
+    running = asyncio.create_task(asyncio.to_thread(post, url, ENDLESS))
     while "sluice_http_in_flight 1.0" not in await asyncio.to_thread(metrics, url):
         await asyncio.sleep(0.01)
 
@@ -262,10 +264,10 @@ async def test_a_drain_is_bounded(tmp_path: Path, started: list[Process]) -> Non
 
 
 async def test_a_second_signal_is_immediate(tmp_path: Path, started: list[Process]) -> None:
-    server = Process(tmp_path)
+    server = Process(tmp_path, context=LONG_CONTEXT)
     started.append(server)
     url = await server.ready()
-    running = asyncio.create_task(asyncio.to_thread(post, url, LONG | {"n": 64}))
+    running = asyncio.create_task(asyncio.to_thread(post, url, ENDLESS))
     while "sluice_http_in_flight 1.0" not in await asyncio.to_thread(metrics, url):
         await asyncio.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)
