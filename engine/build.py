@@ -135,6 +135,7 @@ def build_core(
 ) -> EngineCore:
     """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all)."""
     num_pages = built.num_slabs * built.pages_per_slab
+    longest = max_model_len(config, built.spec, num_pages)
     slabs = range(built.num_slabs) if slabs is None else slabs
     if built.window is not None:
         for slab in slabs:
@@ -143,7 +144,8 @@ def build_core(
         PagePool(built.num_slabs, built.pages_per_slab, slabs),
         config.page_size,
         prefix_caching=config.enable_prefix_caching,
-        protected=int(config.online_cache_share * num_pages),
+        # The longest offline request must fit beside whatever online prefixes are protected, or it would wait for ever.
+        protected=max(0, min(int(config.online_cache_share * num_pages), num_pages - -(-longest // config.page_size))),
     )
     scheduler = Scheduler(
         kv,
@@ -151,7 +153,7 @@ def build_core(
         clock or MonotonicClock(),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=max_model_len(config, built.spec, num_pages),
+        max_model_len=longest,
         eos_ids=built.spec.eos_ids,
     )
     return EngineCore(scheduler, built.runner)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from engine.kernels.api import KVLayout
 from engine.kernels.select import load_backend
@@ -93,7 +94,7 @@ def generate(
         count = min(chunk, len(tokens) - computed)
         sample = computed + count == len(tokens)
         row = make_row("r", tokens, start=computed, count=count, pages=pages, sample=sample, **settings)
-        outcome = run(runner, msgspec.structs.structs.replace(row, num_prompt=len(prompt)))["r"]
+        outcome = run(runner, structs.replace(row, num_prompt=len(prompt)))["r"]
         computed += count
         if sample:
             assert outcome.token is not None

@@ -29,7 +29,7 @@ class Life(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         batch=st.integers(1, 24),
         caching=st.booleans(),
-        protected=st.integers(0, 8),
+        protected=st.integers(0, 3),  # what remains when one slab is away and the longest request has its pages
     )
     def build(self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, protected: int) -> None:
         clock = ManualClock()
@@ -122,6 +122,6 @@ class Life(RuleBasedStateMachine):
 
 
 Life.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLife = pytest.mark.timeout(240)(Life.TestCase)
