@@ -2,7 +2,7 @@
 
 depth   time of the scheduler per step and resident memory, for jobs of 1,000 to 100,000 offline lines at 256 running; once
         streamed with a bounded number in flight, as a batch job is, and once with every line queued in the scheduler.
-replay  a trace (a public file, or a generated hour) on the manual clock, alone and with an offline backlog in the gaps.
+replay  a trace (a public file, or a generated hour) on the manual clock, alone or also with an offline backlog in the gaps.
 
 Times are those of `Scheduler.add`, `schedule` and `update`; the fake runner's own time is not in them.
 """
@@ -326,7 +326,7 @@ def replay_once(name: str, trace: list[TraceRequest], backlog: bool, args: argpa
 
 
 def replay(args: argparse.Namespace) -> list[ReplayResult]:
-    """The trace alone, then with the backlog."""
+    """The trace alone, then perhaps with the backlog."""
     if args.trace is None:
         name = f"generated, seed {args.seed}, burstiness {args.burstiness:g}"
         trace = generate_trace(rate=args.rate, seconds=3600.0, burstiness=args.burstiness, seed=args.seed)
@@ -335,7 +335,7 @@ def replay(args: argparse.Namespace) -> list[ReplayResult]:
     print(f"Trace {name}: {facts(trace)}")
     print(
         f"Fake runner: {args.step_ms:g} ms + tokens / {args.tokens_per_second:,.0f} per second. Aim: an hour in under "
-        f"{REPLAY_AIM_S:g} s of real time, online TTFT not worse with the backlog."
+        f"{REPLAY_AIM_S:g} s of real time; online TTFT not worse with a backlog."
     )
     print(f"{'':>14} {'span s':>8} {'real s':>7} {'steps':>8} {'p50 ms':>7} {'p99 ms':>7} {'TTFT p50':>9} {'p99 s':>7} "
           f"{'TPOT p50':>9} {'p99 ms':>7} {'offline tok/s':>14}")  # fmt: skip
@@ -368,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="rows of the trace to use")
     parser.add_argument("--rate", type=float, default=2.5, help="requests a second of a generated trace")
     parser.add_argument("--burstiness", type=float, default=3.0, help="coefficient of variation of its gaps; 1 is Poisson")
-    parser.add_argument("--backlog", action=argparse.BooleanOptionalAction, default=True, help="replay with a backlog too")
+    parser.add_argument("--backlog", action="store_true", help="replay once more with an offline backlog (minutes)")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument(

@@ -35,7 +35,7 @@ def test_a_backlog_does_not_change_what_online_requests_feel() -> None:
 def test_replay_reads_a_file_and_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, out = tmp_path / "trace.csv", tmp_path / "out.json"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,48,3\n2023-11-16 18:17:04.03,31,8\n")
-    main(["replay", "--trace", str(trace), "--no-backlog", "--out", str(out)])
+    main(["replay", "--trace", str(trace), "--out", str(out)])
     assert "2 requests" in capsys.readouterr().out
     [result] = json.loads(out.read_text())["replay"]
     assert result["finished"] == 2
