@@ -125,13 +125,14 @@ def test_demo_model_on_real_prompts(demo_model):
     tokenizer = Tokenizer.from_file(str(demo_model / "tokenizer.json"))
     prompts = english_prompts(tokenizer, 64)
     oracle = Oracle(demo_model)
-    answers = [oracle.greedy(prompt, 64) for prompt in prompts]
+    answers = oracle.greedy_batch(prompts, 64)
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
     with Engine(config=EngineConfig(model=str(demo_model), kv_cache_memory=1 << 30), progress=False) as engine:
         results = engine.generate(prompts, params, progress=False)
 
-    equal = [assert_same(a, r.choices[0].tokens, f"prompt {i}") for i, (a, r) in enumerate(zip(answers, results, strict=True))]
+    pairs = enumerate(zip(answers, results, strict=True))
+    equal = [assert_same(answer, result.choices[0].tokens, f"prompt {i}") for i, (answer, result) in pairs]
     print(f"{sum(equal)} of {len(equal)} equal throughout, the others until a near tie")
     assert sum(equal) >= 60
 
