@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.api import Attention, BatchMeta, Ops
+from engine.kernels.api import Attention, BatchMeta, Ops, QKNorm, RotaryAttention
 from engine.spec import ModelSpec, RopeSpec
 from engine.weights import EMBEDDING, LM_HEAD
 
@@ -30,8 +30,7 @@ class Layer:
 
     input_norm: torch.Tensor
     qkv: Any  # [(H + 2K) * D, hidden]
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    qk_norm: QKNorm | None
     o: Any
     post_norm: torch.Tensor
     gate_up: Any  # [2 * intermediate, hidden]
@@ -63,6 +62,7 @@ class Model:
         self.device = torch.device(device)
         self._ops = ops
         self._attention = attention
+        self._rotary_attention = attention if isinstance(attention, RotaryAttention) else None
         self._embedding = self._take(weights, EMBEDDING)
         self._layers = [self._pack_layer(weights, index) for index in range(spec.num_layers)]
         self._final_norm = self._take(weights, "model.norm.weight")
@@ -106,9 +106,11 @@ class Model:
         layer, ops, spec = self._layers[index], self._ops, self.spec
         heads = ops.linear(hidden, layer.qkv).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q, k, v = torch.tensor_split(heads, (spec.num_heads, spec.num_heads + spec.num_kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q, layer.q_norm, spec.rms_eps)
-            k = ops.rms_norm(k, layer.k_norm, spec.rms_eps)
+        if self._rotary_attention is not None:
+            return self._rotary_attention.run_rotary(attn_handle, index, q, k, v, rotation, layer.window, layer.qk_norm)
+        if layer.qk_norm is not None:
+            q = ops.rms_norm(q, layer.qk_norm.q_weight, spec.rms_eps)
+            k = ops.rms_norm(k, layer.qk_norm.k_weight, spec.rms_eps)
         q, k = ops.rotary(q, k, *rotation)
         return self._attention.run(attn_handle, index, q, k, v, layer.window)
 
@@ -141,8 +143,7 @@ class Model:
         return Layer(
             input_norm=norm("input_layernorm"),
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=spec.qkv_bias),
-            q_norm=norm("self_attn.q_norm") if spec.qk_norm else None,
-            k_norm=norm("self_attn.k_norm") if spec.qk_norm else None,
+            qk_norm=QKNorm(norm("self_attn.q_norm"), norm("self_attn.k_norm"), spec.rms_eps) if spec.qk_norm else None,
             o=linear("self_attn.o_proj", bias=spec.o_bias),
             post_norm=norm("post_attention_layernorm"),
             gate_up=linear("mlp.gate_proj", "mlp.up_proj", bias=spec.mlp_bias),

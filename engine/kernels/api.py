@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -105,6 +105,25 @@ class BatchMeta:
     tables: tuple[Any, ...]  # Sequence[int] per row
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What an attention must hold besides the KV: the model's query heads and windows, and the largest step."""
+
+    num_heads: int
+    max_tokens: int
+    max_rows: int
+    windows: tuple[int | None, ...] = (None,)  # sliding windows that `run` will be called with
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """Per-head RMSNorm of q and k before rotation: weights [D]."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+
 class Attention(Protocol):
     """Paged causal attention over page-major KV."""
 
@@ -119,6 +138,25 @@ class Attention(Protocol):
 
         q is [T, H, D]; returns [T, H * D]. With `window` w a token sees itself and the w - 1 tokens before it.
         """
+        ...
+
+
+@runtime_checkable
+class RotaryAttention(Attention, Protocol):
+    """An attention that also normalises and rotates, in the pass that writes the KV."""
+
+    def run_rotary(
+        self,
+        handle: Any,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        window: int | None,
+        norm: QKNorm | None = None,
+    ) -> torch.Tensor:
+        """`run` on q, k that are neither normalised nor rotated yet; cos, sin are [T, D / 2]. May change q in place."""
         ...
 
 

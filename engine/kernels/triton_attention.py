@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.api import BatchMeta
+from engine.kernels.api import BatchMeta, QKNorm
 from engine.kernels.triton_config import Launch, Tuning, tuning
 from engine.kernels.triton_ops import heads_per_program, normed_pair
 from engine.kernels.triton_plan import (
@@ -335,15 +335,6 @@ def write_kernel(
     tl.store(to + half, k_high, mask=mask)
     tl.store(to + value_offset, v_low, mask=mask)
     tl.store(to + value_offset + half, v_high, mask=mask)
-
-
-@dataclass(frozen=True, slots=True)
-class QKNorm:
-    """Per-head RMSNorm of q and k before rotation: weights [D]."""
-
-    q_weight: torch.Tensor
-    k_weight: torch.Tensor
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ if DEVICE is None:
 
 import torch
 
+from engine.kernels.api import QKNorm
 from engine.kernels.reference import TorchOps
-from engine.kernels.triton_attention import QKNorm, TritonAttention
+from engine.kernels.triton_attention import TritonAttention
 from engine.kernels.triton_config import Launch, Tuning
 
 # Small tiles, cut early, so that short rows meet every branch.
