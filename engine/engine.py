@@ -109,15 +109,14 @@ class Engine:
         from engine.colocate.exclusive import ExclusiveSharing
 
         assert built.window is not None
-        sharing = ExclusiveSharing(
-            self.config, offline.config, self._models.memory, self._core, built.window, self._loop.call, self._deliver
-        )
+        memory, call = self._models.memory, self._loop.call
+        sharing = ExclusiveSharing(self.config, offline.config, memory, self._core, built.window, call, self._deliver)
         try:
             if not sharing.wait_ready():
                 logger.error("serving without the offline model: %s", sharing.failure)
         except BaseException:
-            sharing.close()
             self._loop.close()
+            sharing.close()
             raise
         return sharing
 
@@ -147,9 +146,9 @@ class Engine:
     def close(self) -> None:
         """Stop now. Unfinished requests end with EngineDead."""
         self._draining = True
+        self._loop.close()
         if self._sharing is not None:
             self._sharing.close()
-        self._loop.close()
         self._died(EngineDead("the engine was closed"))
 
     # -- what is served
@@ -354,7 +353,7 @@ class Engine:
                         cache_salt=cache_salt,
                     )
                 )
-        except EngineDead:
+        except BaseException:
             self._forget(key)
             raise
         return generation

@@ -275,11 +275,10 @@ class Generation:
     def push(self, index: int, out: TokenOut) -> asyncio.Future[None] | threading.Event | None:
         """Take in what a step did to choice `index`. Returns the reader to wake, if any."""
         choice = self._choices[index]
-        if choice.finished:
-            return None  # what the engine computed before it obeyed the abort
-        delta = choice.push(out)
-        with self._lock:
-            self._mail.append(delta)
+        with self._lock:  # an abort comes from another thread than tokens if the model runs in another process
+            if choice.finished:
+                return None  # what the engine computed before it obeyed the abort
+            self._mail.append(choice.push(out))
             self._cached_tokens = max(self._cached_tokens, out.num_cached)
             self._num_preemptions = max(self._num_preemptions, out.num_preemptions)
             waiter = self._take_waiter()

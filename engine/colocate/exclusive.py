@@ -27,7 +27,7 @@ from engine.colocate.worker import Report
 from engine.config import EngineConfig
 from engine.errors import InvalidConfig
 from engine.loop import Deliver
-from engine.memory.reserve import make_reserve
+from engine.memory.reserve import make_reserve, most_cached
 from engine.memory.slabs import SlabPool
 from engine.memory.victims import VICTIMS, Holdings
 from engine.memory.window import HostWindow
@@ -95,7 +95,7 @@ class ExclusiveSharing:
             reserve=make_reserve(config.reserve, memory.num_slabs),
             victims=VICTIMS[config.victims],
             holdings=self._holdings,
-            cache_slabs=int(config.online_cache_share * memory.num_slabs),
+            cache_slabs=most_cached(config.reserve, memory.num_slabs, config.online_cache_share),
         )  # fmt: skip
         core.scheduler.kv.lender = self._lender
         self._gate: Gate = NoGate()
@@ -123,12 +123,14 @@ class ExclusiveSharing:
 
     def wait_ready(self) -> bool:
         """Wait for the worker's model and choose the gate by a probe. False if there will be no worker."""
-        if not self._process.wait_ready():
-            return False
-        self._choose_gate()
-        return True
+        while self._process.wait_ready():
+            if self._choose_gate():
+                return True
+        return False
 
-    def _choose_gate(self) -> None:
+    def _choose_gate(self) -> bool:
+        """False if the worker died meanwhile, which says nothing about the gate."""
+        pid = self._pid
         names = ("process", "layer", "none") if self._gate_name == "auto" else (self._gate_name,)
         for name in names:
             with self._lock:
@@ -138,6 +140,8 @@ class ExclusiveSharing:
             self._process.spin(True)
             self._probe = probe(self._gate, self._control)
             self._process.spin(False)
+            if self._pid != pid:
+                return False
             logger.info("%s", self._probe)
             if self._probe.works:
                 break
@@ -146,6 +150,7 @@ class ExclusiveSharing:
         self._gate_name = self._gate.name
         if self._probe is not None:
             self._arbiter.cool_down.set_cost(cost_of(self._probe))
+        return True
 
     def _make_gate(self, name: str) -> Gate:
         if name == "process" and self._pid is not None:
@@ -171,7 +176,8 @@ class ExclusiveSharing:
         """An online request is at the door: when this returns the worker stands still. Any thread; the cost is booked."""
         with self._lock:
             now = self._clock.now()
-            if not self._arbiter.arrive(request, now, offline_busy=self._process.busy):
+            busy = self._process.busy
+            if not self._arbiter.arrive(request, now, offline_busy=busy):
                 return
             self._account(now)
             self._gate.freeze()
@@ -179,7 +185,7 @@ class ExclusiveSharing:
             after = self._clock.now()
             self._arbiter.froze(after)
             cost.waited_us += round((after - now) * 1e6)
-            if self._process.busy:
+            if busy:
                 cost.preemptions += 1
                 self._book_latency(after - now)
 
@@ -217,23 +223,31 @@ class ExclusiveSharing:
     # -- time
 
     def _tick(self) -> None:
-        while True:
-            rescued = self._guardian.check()
+        while not self._closing:
+            try:
+                self._look()
+            except Exception:  # without this thread offline work would stand still for ever
+                logger.exception("the arbiter failed and goes on")
             with self._wake:
-                if self._closing:
-                    return
-                now = self._clock.now()
-                self._account(now)
-                if rescued and self._arbiter.frozen:
-                    self._gate.freeze()  # this process stood still so long that the guardian let the worker go
-                if self._arbiter.poll(now):
-                    self._account(now)
-                    self._gate.thaw()
-                    self._run_in_engine(self._lender.settle)
                 deadline = self._arbiter.deadline()
-                self._wake.wait(_BEAT_SECONDS if deadline is None else min(_BEAT_SECONDS, max(0.0, deadline - now)))
-            if self._arbiter.state is State.OFFLINE:
-                self._run_in_engine(self._lender.settle)
+                pause = _BEAT_SECONDS if deadline is None else min(_BEAT_SECONDS, deadline - self._clock.now())
+                if not self._closing and pause > 0:
+                    self._wake.wait(pause)
+
+    def _look(self) -> None:
+        """What is due now: the heartbeat, the gate, memory."""
+        rescued = self._guardian.check()
+        with self._lock:
+            now = self._clock.now()
+            self._account(now)
+            if rescued and self._arbiter.frozen:
+                self._gate.freeze()  # this process stood still so long that the guardian let the worker go
+            if self._arbiter.poll(now):
+                self._account(now)
+                self._gate.thaw()
+            settled = self._arbiter.state is State.OFFLINE
+        if settled:
+            self._run_in_engine(self._lender.settle)
 
     def _account(self, now: float) -> None:
         """Book the time in which the worker could run and had work."""
@@ -241,13 +255,18 @@ class ExclusiveSharing:
             self._offline_seconds += now - self._offline_since
         self._offline_since = now if not self._arbiter.frozen and self._process.busy else None
 
+    def _report(self) -> Report | None:
+        report: Report | None = None if self._closing else self._control.read_report(Report)
+        return report
+
     def _holdings(self) -> Holdings:
-        report = self._control.read_report(Report)
+        report = self._report()
         return Holdings() if report is None else Holdings(report.holders, report.costs)
 
     # -- what it came to
 
     def stats(self) -> SharingStats:
+        report = self._report()
         with self._lock:
             now = self._clock.now()
             self._account(now)
@@ -269,13 +288,13 @@ class ExclusiveSharing:
                 reclaimed_slabs=self._lender.reclaimed_slabs,
                 slabs={tenant: self._slabs.count(tenant) for tenant in Tenant},
                 headroom_slabs=self._lender.reserve.headroom,
-                worker=self._control.read_report(Report),
+                worker=report,
                 worker_restarts=self._process.restarts,
                 worker_failure=self._process.failure,
             )
 
     def close(self) -> None:
-        """End the worker, whatever state it is in."""
+        """End the worker, whatever state it is in. The online engine has ended: nothing here is asked for slabs any more."""
         with self._wake:
             self._closing = True
             self._wake.notify()

@@ -10,11 +10,13 @@ import logging
 import queue
 import socket
 import threading
+from contextlib import suppress
 
 import msgspec
 
 from engine.build import Memory
 from engine.config import EngineConfig
+from engine.errors import InvalidRequest
 from engine.types import Submit, TokenOut
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,14 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
+def check(submit: Submit) -> None:
+    """Raise InvalidRequest for a request that cannot be written, or that the reader would not understand."""
+    try:
+        _decoder.decode(_encoder.encode(Put(submit)))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"the request cannot be sent to the offline model: {error}") from error
+
+
 def send(sock: socket.socket, frame: Frame) -> None:
     """Write one frame, waiting for the reader if need be. Raises OSError if there is none any more."""
     data = _encoder.encode(frame)
@@ -117,7 +127,11 @@ class Sender:
         self._frames.put(frame)
 
     def close(self) -> None:
+        """End both directions, and wait for the thread: the descriptor can then be closed without it writing elsewhere."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._frames.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         while (frame := self._frames.get()) is not None:

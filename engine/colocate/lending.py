@@ -54,6 +54,7 @@ class SlabLender:
         self.reclaimed_slabs = 0
         self.reclaimed_for: Counter[str] = Counter()  # request id -> slabs taken on its behalf
         self._last_change = clock.now()
+        self._handing_back = threading.Lock()  # so that a late punch never hits a slab that is offline's again
         self._punches: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._puncher = threading.Thread(target=self._punch, name="slab-puncher", daemon=True)
         self._puncher.start()
@@ -96,8 +97,9 @@ class SlabLender:
             if PageState.USED in states:
                 continue
             (cached if PageState.CACHED in states else empty).append(slab)
-        spare = empty[self.reserve.headroom :]
-        return spare + cached[: max(0, len(cached) - self._cache_slabs)]
+        headroom = self.reserve.headroom
+        kept = self._cache_slabs + max(0, headroom - len(empty))  # what is cached can make room as well
+        return empty[headroom:] + cached[: max(0, len(cached) - kept)]
 
     def _take(self, slabs: list[int]) -> None:
         self._slabs.transfer(slabs, Tenant.ONLINE)
@@ -111,7 +113,8 @@ class SlabLender:
             hit = self._kv.remove_slab(slab)
             assert not hit, "a slab with a page in use was given away"
             self._window.unmap(slab)
-        self._slabs.transfer(slabs, Tenant.OFFLINE)
+        with self._handing_back:
+            self._slabs.transfer(slabs, Tenant.OFFLINE)
 
     def close(self) -> None:
         self._punches.put(None)
@@ -119,7 +122,12 @@ class SlabLender:
 
     def _punch(self) -> None:
         while (slab := self._punches.get()) is not None:
-            try:
-                self._victim_window.punch(slab)
-            except OSError as error:
-                logger.warning("slab %d: its memory could not be taken from the offline worker: %s", slab, error)
+            with self._handing_back:
+                if self._slabs.owner(slab) is Tenant.ONLINE:
+                    self._punch_one(slab)
+
+    def _punch_one(self, slab: int) -> None:
+        try:
+            self._victim_window.punch(slab)
+        except OSError as error:
+            logger.warning("slab %d: its memory could not be taken from the offline worker: %s", slab, error)

@@ -7,6 +7,7 @@ is lost and nothing is delivered twice. Nothing here ever waits for the worker, 
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -24,16 +25,17 @@ from engine.types import Abort, FinishReason, Submit, TokenOut
 
 logger = logging.getLogger(__name__)
 
-_MAX_DEATHS = 3  # a request that was in the worker at this many deaths is the likely cause of them
-_MAX_EARLY_DEATHS = 5  # in a row before the model was loaded
-_BACKOFF_SECONDS = (0.1, 0.5, 2.0, 5.0)
+_SUSPICIOUS = 2  # a request that saw so many deaths since its last token is tried alone
+_MAX_DEATHS = 4  # and is their cause after so many, the last ones alone
+_MAX_EARLY_DEATHS = 3  # in a row, if the model was never loaded
+_BACKOFF_SECONDS = (0.1, 0.5, 2.0, 5.0, 30.0)
 
 
 @dataclass(slots=True)
 class _Unfinished:
     submit: Submit
     delivered: list[int] = field(default_factory=list)
-    deaths: int = 0
+    deaths: int = 0  # of loaded workers that had it, since its last token
 
 
 class OfflineProcess:
@@ -62,10 +64,11 @@ class OfflineProcess:
         self._started, self._ended = started, ended
         self._lock = threading.Lock()
         self._unfinished: dict[str, _Unfinished] = {}
+        self._suspect: str | None = None  # the request that the worker has alone, the others being held back
         self._sender: ipc.Sender | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
-        self._settled = threading.Event()  # the first child is ready, or there will be none
+        self._settled = threading.Event()  # the child is ready, or there will be none
         self.failure: str | None = None  # why there is no worker and will be none
         self.ready = False
         self.restarts = 0
@@ -84,21 +87,28 @@ class OfflineProcess:
         return len(self._unfinished)
 
     def wait_ready(self) -> bool:
-        """Wait for the first child to have loaded its model. False if it cannot."""
+        """Wait for the child to have loaded its model. False if it cannot."""
         self._settled.wait()
         return self.failure is None
 
     def put(self, command: Submit | Abort) -> None:
-        """Hand over a command. Never waits. Raises EngineDead if there will be no worker."""
+        """Hand over a command; never waits. Raises EngineDead without a worker to come, InvalidRequest if it cannot be sent."""
+        if isinstance(command, Submit):
+            ipc.check(command)
         with self._lock:
             if self.failure is not None:
                 raise EngineDead(f"the offline model is not available: {self.failure}")
+            if self._closing.is_set():
+                raise EngineDead("the engine was closed")
             if isinstance(command, Submit):
-                self._unfinished[command.id] = _Unfinished(command)
-                self._send(ipc.Put(command))
+                self._unfinished[command.id] = entry = _Unfinished(command)
+                if self._suspect is None:
+                    self._hand_over(entry)
                 return
             gone = self._unfinished.pop(command.id, None)
             self._send(ipc.Drop(command.id))
+            if command.id == self._suspect:
+                self._acquit()
         if gone is not None:
             # The worker may be frozen for long; its answer to the abort would come as late.
             self._deliver([TokenOut(id=command.id, finish_reason=FinishReason.ABORT)])
@@ -116,35 +126,65 @@ class OfflineProcess:
                 self._child.kill()
         self._thread.join()
 
+    # -- inside, under the lock
+
     def _send(self, frame: ipc.Frame) -> None:
         if self._sender is not None:
             self._sender.put(frame)
+
+    def _hand_over(self, entry: _Unfinished) -> None:
+        self._send(ipc.Put(replace(entry.submit, resume=tuple(entry.delivered))))
+
+    def _hand_over_all(self) -> None:
+        """All unfinished requests for a new child; or only the oldest of those that saw most deaths, if that is many."""
+        entries = list(self._unfinished.values())
+        worst = max(entries, key=lambda entry: entry.deaths, default=None)
+        self._suspect = None
+        if worst is not None and worst.deaths >= _SUSPICIOUS:
+            self._suspect = worst.submit.id
+            entries = [worst]
+        for entry in entries:
+            self._hand_over(entry)
+
+    def _acquit(self) -> None:
+        """The suspect made progress or has ended: the others may join it."""
+        suspect, self._suspect = self._suspect, None
+        for key, entry in self._unfinished.items():
+            if key != suspect:
+                self._hand_over(entry)
 
     # -- the supervisor's thread
 
     def _supervise(self) -> None:
         early_deaths = 0
+        was_ready = False
         while not self._closing.is_set():
             self.ready = False
-            self._run_child()
+            try:
+                cause = self._run_child()
+            except Exception as error:  # the system refuses a process, or the worker talked nonsense
+                logger.exception("the offline worker could not be run")
+                cause = str(error)
+            was_ready = was_ready or self.ready
             early_deaths = 0 if self.ready else early_deaths + 1
-            self.ready = False
             if self._closing.is_set():
                 break
-            if early_deaths >= _MAX_EARLY_DEATHS and self.failure is None:
-                self.failure = f"its process died {early_deaths} times before the model was loaded"
+            if early_deaths >= _MAX_EARLY_DEATHS and not was_ready and self.failure is None:
+                self.failure = f"its process ended {early_deaths} times before the model was loaded, the last time: {cause}"
             if self.failure is not None:
                 logger.error("no offline model: %s", self.failure)
                 self._give_up()
                 break
             self.restarts += 1
-            logger.warning("the offline worker died; starting it again with %d unfinished requests", len(self._unfinished))
-            self._fail_suspects()
+            logger.warning("the offline worker ended (%s); %d requests go on in the next", cause, len(self._unfinished))
+            if self.ready:
+                self._judge()
             self._closing.wait(_BACKOFF_SECONDS[min(early_deaths, len(_BACKOFF_SECONDS) - 1)])
+        self.ready = False
         self._settled.set()
 
-    def _run_child(self) -> None:
-        """Start a child, give it all unfinished requests, and deliver what it says until it dies."""
+    def _run_child(self) -> str:
+        """Start a child, give it all unfinished requests, and deliver what it says until it ends. Returns how it ended."""
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), self._control.fd, self._window_fd)
         command = [sys.executable, "-m", "engine.colocate.worker"]
@@ -152,24 +192,28 @@ class OfflineProcess:
         with ours:
             with theirs:
                 child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=child_environment())
-            self._started(child.pid)
             sender = ipc.Sender(ours)
-            sender.put(self._start)
-            with self._lock:
-                self._child, self._sender = child, sender
-                for entry in self._unfinished.values():
-                    sender.put(ipc.Put(replace(entry.submit, resume=tuple(entry.delivered))))
-            if self._closing.is_set():
+            try:
+                self._started(child.pid)
+                sender.put(self._start)
+                with self._lock:
+                    self._child, self._sender = child, sender
+                    self._hand_over_all()
+                if self._closing.is_set():
+                    child.kill()
+                error = self._read(ours)
+            finally:
+                self._settled.clear()
+                with self._lock:
+                    self._child, self._sender = None, None
                 child.kill()
-            self._read(ours)
-            with self._lock:
-                self._child, self._sender = None, None
-            sender.close()
-            child.kill()
-            child.wait()
-            self._ended(child.pid)
+                self._ended(child.pid)  # before its number can become another process's
+                child.wait()
+                sender.close()
+        return error or _cause(child.returncode)
 
-    def _read(self, sock: socket.socket) -> None:
+    def _read(self, sock: socket.socket) -> str | None:
+        """Until the child ends. Returns what it said of the reason, if anything."""
         while (frame := ipc.receive(sock)) is not None:
             if isinstance(frame, ipc.Ready):
                 self.ready = True
@@ -179,7 +223,8 @@ class OfflineProcess:
             elif isinstance(frame, ipc.Failed):
                 if frame.fatal:
                     self.failure = frame.message
-                return
+                return frame.message
+        return None
 
     def _take(self, outs: list[TokenOut]) -> None:
         kept = []
@@ -190,20 +235,26 @@ class OfflineProcess:
                     continue  # aborted meanwhile
                 if out.token is not None:
                     entry.delivered.append(out.token)
+                    entry.deaths = 0
                 if out.finish_reason is not None:
                     del self._unfinished[out.id]
+                if out.id == self._suspect:
+                    self._acquit()
                 kept.append(out)
         if kept:
             self._deliver(kept)
 
-    def _fail_suspects(self) -> None:
+    def _judge(self) -> None:
+        """A loaded worker died: suspect the requests it had, and fail the one that it died of again and again."""
         with self._lock:
-            for entry in self._unfinished.values():
+            suspect, self._suspect = self._suspect, None
+            for entry in self._unfinished.values() if suspect is None else [self._unfinished[suspect]]:
                 entry.deaths += 1
-            suspects = [key for key, entry in self._unfinished.items() if entry.deaths >= _MAX_DEATHS]
-            for key in suspects:
-                del self._unfinished[key]
-        self._fail(suspects, f"the offline worker died {_MAX_DEATHS} times with this request in it")
+            guilty = suspect is not None and self._unfinished[suspect].deaths >= _MAX_DEATHS
+            if guilty and suspect is not None:
+                del self._unfinished[suspect]
+        if guilty and suspect is not None:
+            self._fail([suspect], f"the offline worker died {_MAX_DEATHS} times with this request in it")
 
     def _give_up(self) -> None:
         with self._lock:
@@ -213,3 +264,11 @@ class OfflineProcess:
     def _fail(self, keys: list[str], error: str) -> None:
         if keys:
             self._deliver([TokenOut(id=key, finish_reason=FinishReason.ERROR, error=error) for key in keys])
+
+
+def _cause(status: int) -> str:
+    """How a process ended, for people."""
+    if status >= 0:
+        return f"exit status {status}"
+    hint = ", perhaps for lack of memory" if status == -signal.SIGKILL else ""
+    return f"signal {signal.Signals(-status).name}{hint}"

@@ -84,7 +84,7 @@ class SlabWatch:
 
 
 class Reporter:
-    """Writes a report after a step, not more often than every few milliseconds."""
+    """Writes a report after a step, not more often than every few milliseconds, and when there is no work left."""
 
     def __init__(self, control: ControlPage, core: EngineCore) -> None:
         self._control = control
@@ -95,6 +95,10 @@ class Reporter:
         now = time.monotonic()  # noqa: TID251 - pacing only
         if now >= self._next:
             self._next = now + _REPORT_SECONDS
+            self.write()
+
+    def after_update(self) -> None:
+        if not self._core.has_work:
             self.write()
 
     def write(self) -> None:
@@ -140,10 +144,13 @@ class Worker:
         except (InvalidConfig, InvalidCheckpoint) as error:
             ipc.send(self._sock, ipc.Failed(str(error), fatal=True))
             return 2
+        except Exception as error:  # memory, most likely, of which there may be more another time
+            logger.exception("the model could not be loaded")
+            ipc.send(self._sock, ipc.Failed(f"{type(error).__name__}: {error}", fatal=False))
+            return 1
         ipc.send(self._sock, ipc.Ready())
         self._serve(loop)
-        # Main is gone or wants us gone. Nothing here is worth a clean shutdown, and a step may take long.
-        os._exit(0)
+        return 0
 
     def _start(self, start: ipc.Start) -> EngineLoop:
         built = load_model(start.config, memory=start.memory, window_fd=self._window_fd, progress=False)
@@ -152,16 +159,25 @@ class Worker:
         watch = SlabWatch(self._control, built.window, core)
         watch.sync()
         reporter = Reporter(self._control, core)
-        core.sync = watch.sync
+
+        def sync() -> None:
+            self._boundary()
+            watch.sync()
+
+        def interrupted() -> bool:
+            self._boundary()
+            return watch.changed
+
+        def deliver(outs: list[TokenOut]) -> None:
+            reporter.after_update()
+            self._deliver(outs)
+
+        core.sync = sync
         core.on_step = reporter.after_step
-        core.interrupted = lambda: self._at_boundary(watch)
-        loop = EngineLoop(core, self._deliver, self._died, name="offline-engine")
+        core.interrupted = interrupted
+        loop = EngineLoop(core, deliver, self._died, name="offline-engine")
         loop.call(reporter.write)
         return loop
-
-    def _at_boundary(self, watch: SlabWatch) -> bool:
-        self._boundary()
-        return watch.changed
 
     def _boundary(self) -> None:
         """Between two layers: show progress, and stand still while the gate is closed.
@@ -201,7 +217,7 @@ class Worker:
 
 
 def main() -> int:
-    """`worker SOCKET_FD CONTROL_FD NUM_SLABS WINDOW_FD`"""
+    """`worker SOCKET_FD CONTROL_FD NUM_SLABS WINDOW_FD`. Returns an exit status."""
     socket_fd, control_fd, num_slabs, window_fd = map(int, sys.argv[1:])
     # The terminal's Ctrl-C and a service manager's SIGTERM go to the main process, which knows what to do with this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -211,4 +227,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except BaseException:
+        logger.exception("the offline worker failed")
+        status = 1
+    # Main is gone or wants us gone. Nothing here is worth a clean shutdown, and a step may take long.
+    os._exit(status)

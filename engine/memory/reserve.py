@@ -81,7 +81,12 @@ def kept_slabs(name: str, num_slabs: int, cache_share: float) -> int:
     reserve = make_reserve(name, num_slabs)
     if reserve.fixed_share is not None:
         return reserve.fixed_share
-    return reserve.headroom + int(cache_share * num_slabs)
+    return reserve.headroom + most_cached(name, num_slabs, cache_share)
+
+
+def most_cached(name: str, num_slabs: int, cache_share: float) -> int:
+    """Slabs that online may keep for cached prefixes alone; beside its reserve one slab at least stays for offline."""
+    return max(0, min(int(cache_share * num_slabs), num_slabs - 1 - make_reserve(name, num_slabs).headroom))
 
 
 RESERVES = ("miad", "fixed", "none", "static")
