@@ -136,7 +136,7 @@ def guard(control: ControlPage, life_line: socket.socket) -> None:
             if worker is not None:
                 os.close(worker)
             worker = pidfds[0]
-        abandoned = worker is not None and control[Word.FROZEN] == 1 and not control.main_is_alive()
+        abandoned = worker is not None and control[Word.FROZEN] != 0 and not control.main_is_alive()
         if worker is not None and abandoned:
             # Again at each look: the main process may have been stopped just before a SIGSTOP that it sends when it goes on.
             _send(worker, signal.SIGCONT)

@@ -160,8 +160,9 @@ class KVManager:
     def _ensure(self, num_pages: int, request: Request) -> bool:
         """Whether that many pages are available to the request's tenant, after asking the lender if need be."""
         short = num_pages - self.available(request.tenant)
-        if short > 0 and self.lender is not None and request.tenant is Tenant.ONLINE:
-            self.lender.lend(short, request)
+        lender = self.lender if request.tenant is Tenant.ONLINE else None
+        if lender is not None and 0 < short <= lender.lendable():  # nobody is robbed for what would not be enough
+            lender.lend(short, request)
             short = num_pages - self.available(request.tenant)
         return short <= 0
 

@@ -28,6 +28,7 @@ class Device:
         self.present: set[str] = set()
         self.blamed: set[str] = set()  # unfinished requests whose arrival froze a busy worker
         self.freezes = 0
+        self.false_alarms = 0
         self.charged = 0
 
     # -- what can happen
@@ -59,6 +60,18 @@ class Device:
         self.blamed.discard(name)
         self.present.discard(name)
 
+    def withdraw(self, name: str) -> None:
+        """It was no online request: whoever it had stopped goes on at once, unless somebody else is here by now."""
+        thaw = self.arbiter.withdraw(name, self.now)
+        if name in self.blamed:
+            self.blamed.discard(name)
+            self.freezes -= 1
+            self.false_alarms += 1
+        self.present.discard(name)
+        if thaw:
+            assert not self.present
+            self.worker_runs, self.freezing = True, False
+
     def poll(self) -> None:
         deadline = self.arbiter.deadline()
         thaw = self.arbiter.poll(self.now)
@@ -86,6 +99,7 @@ class Device:
         assert arbiter.unfinished == len(self.present)
         assert (arbiter.deadline() is None) == (state is not State.COOLING), "cooling always ends"
         assert arbiter.preemptions == self.freezes == self.charged + len(self.blamed)
+        assert arbiter.false_alarms == self.false_alarms
         spent = arbiter.seconds(self.now)
         assert set(spent) == set(State) and min(spent.values()) >= 0
         assert abs(sum(spent.values()) - (self.now - self.start)) < 1e-6
@@ -114,6 +128,7 @@ EVENTS: dict[str, Callable[[Device], None]] = {
     "long": lambda device: device.wait(COOL),
     "short": lambda device: device.wait(COOL / 3),
     "toggle": Device.toggle_offline,
+    "withdraw a": lambda device: device.withdraw("a"),
 }
 
 
@@ -157,6 +172,10 @@ class LongHistory(RuleBasedStateMachine):
     @rule(name=names)
     def finish(self, name: str) -> None:
         self.device.finish(name)
+
+    @rule(name=names)
+    def withdraw(self, name: str) -> None:
+        self.device.withdraw(name)
 
     @rule()
     def finish_all(self) -> None:
@@ -207,6 +226,26 @@ class LongHistory(RuleBasedStateMachine):
 
 LongHistory.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestLongHistory = LongHistory.TestCase
+
+
+def test_a_withdrawn_arrival_leaves_no_trace() -> None:
+    """Whatever the device was doing, it does again; neither the cool-down nor its statistics move."""
+    device = Device()
+    device.arrive("a")
+    device.froze()
+    device.withdraw("a")
+    assert device.arbiter.state is State.OFFLINE
+    assert device.worker_runs
+
+    device.arrive("b")
+    device.froze()
+    device.finish("b")
+    deadline = device.arbiter.deadline()
+    device.wait(COOL / 2)
+    device.arrive("a")
+    device.withdraw("a")
+    assert device.arbiter.state is State.COOLING
+    assert device.arbiter.deadline() == deadline
 
 
 def test_a_burst_costs_one_preemption_however_long() -> None:
