@@ -58,6 +58,7 @@ class Body(msgspec.Struct):
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     return_token_ids: bool | None = None
+    return_colocation: bool | None = None
     max_tokens: Int64 | None = None
     min_tokens: Int64 | None = None
     temperature: float | None = None
@@ -371,6 +372,7 @@ def _shape(wire: Body, *, chat: bool, logprobs: bool, echo: bool = False, no_out
         echo=echo,
         no_output=no_output,
         token_ids=bool(wire.return_token_ids),
+        colocation=bool(wire.return_colocation),
         include_usage=bool(wanted["include_usage"]),
         continuous_usage=bool(wanted["include_usage"] and wanted["continuous_usage_stats"]),
     )

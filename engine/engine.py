@@ -34,6 +34,7 @@ from engine.types import Abort, Completion, Cost, Delta, FinishReason, ModelCard
 
 if TYPE_CHECKING:
     from engine.colocate.exclusive import ExclusiveSharing, SharingStats
+    from engine.colocate.worker import Report
     from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,19 @@ class Stats:
     kv_pages_cached: int
     page_size: int
     sharing: SharingStats | None = None  # with an offline model
+
+
+class Arrival:
+    """A request whose head is here and whose body is not. `cost` is what it cost so far."""
+
+    def __init__(self, sharing: ExclusiveSharing | None) -> None:
+        self.cost = Cost()
+        self._sharing = sharing
+
+    def withdraw(self) -> None:
+        """It is no online request: offline work goes on at once, as if nothing had come."""
+        if self._sharing is not None:
+            self._sharing.withdraw(id(self))
 
 
 class Engine:
@@ -288,6 +302,8 @@ class Engine:
             for tenant in Tenant
         }
         sharing = None if self._sharing is None else self._sharing.stats()
+        if sharing is not None and sharing.worker is not None:
+            tenants[Tenant.OFFLINE] = _stats_of(sharing.worker)
         return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, sharing)
 
     # -- inside: requests in
@@ -359,18 +375,19 @@ class Engine:
         return generation
 
     @contextmanager
-    def arriving(self) -> Iterator[Cost]:
-        """An online request's head is here: offline work stands still from now to the end of the block at least.
+    def arriving(self, *, online: bool = True) -> Iterator[Arrival]:
+        """A request's head is here: offline work stands still until it is known what it is, and to the end if it is online.
 
-        For servers, which know of a request before its body is read. Yields what that cost so far.
+        For servers, which know of a request before its body is read. Unless `online`, it is known to be offline already.
         """
-        cost = Cost()
-        self._arrive(cost, cost)
+        arrival = Arrival(self._sharing)
+        if online:
+            self._arrive(arrival, arrival.cost)
         try:
-            yield cost
+            yield arrival
         finally:
             if self._sharing is not None:
-                self._sharing.finish(id(cost), cost)
+                self._sharing.finish(id(arrival), arrival.cost)
 
     def _arrive(self, key: object, cost: Cost) -> None:
         if self._sharing is not None:
@@ -434,6 +451,18 @@ def _encode(prompt: Prompt, served: Served) -> tuple[int, ...]:
             param="prompt",
         )
     return tuple(tokens)
+
+
+def _stats_of(worker: Report) -> TenantStats:
+    """The offline tenant as its worker last reported it."""
+    return TenantStats(
+        running=worker.running,
+        waiting=worker.waiting,
+        kv_pages=worker.kv_pages,
+        prefix_queries=worker.prefix_queries,
+        prefix_hits=worker.prefix_hits,
+        counters=worker.counters,
+    )
 
 
 def _only(built: BuiltModel, config: EngineConfig, tokenizer: Tokenizer | None) -> ServedModels:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine import replies
@@ -27,7 +27,7 @@ from engine.errors import (
     UnknownModel,
 )
 from engine.replies import Chunks, Head, Json, Prompt
-from engine.types import Completion, FinishReason, ModelCard, Tenant
+from engine.types import Completion, Cost, FinishReason, ModelCard, Tenant
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -76,6 +76,17 @@ class Job:
     words: Tokenizer
     prompts: tuple[Prompt, ...]
     generations: tuple[Generation, ...]
+    arrival: Cost = field(default_factory=Cost)  # what colocation cost it before it was submitted
+
+    @property
+    def cost(self) -> Cost:
+        """What colocation cost this call so far."""
+        return sum((generation.cost for generation in self.generations), self.arrival)
+
+    def usage(self) -> Json:
+        """The call's `usage` object, with the ledger's entry if the client asked for it."""
+        usage = replies.usage_body(generation.usage for generation in self.generations)
+        return usage | {"colocation": replies.cost_body(self.cost)} if self.call.shape.colocation else usage
 
     def chunks(self) -> Chunks:
         """The chunk maker of this job's stream."""
@@ -247,8 +258,12 @@ async def finish(job: Job) -> Json:
     if job.call.shape.no_output:
         completions = [replies.without_output(completion) for completion in completions]
     if job.call.shape.chat:
-        return replies.chat_body(job.head, job.call.shape, completions[0], job.words)
-    return replies.completion_body(job.head, job.call.shape, completions, job.prompts, job.words)
+        body = replies.chat_body(job.head, job.call.shape, completions[0], job.words)
+    else:
+        body = replies.completion_body(job.head, job.call.shape, completions, job.prompts, job.words)
+    if job.call.shape.colocation:
+        body["usage"]["colocation"] = replies.cost_body(job.cost)
+    return body
 
 
 def _whole(completion: Completion) -> Completion:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from engine.types import Choice, Completion, Delta, FinishReason, ModelCard, Tenant, TokenLogprob, Usage
+from engine.types import Choice, Completion, Cost, Delta, FinishReason, ModelCard, Tenant, TokenLogprob, Usage
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON lacks
 Json = dict[str, Any]
@@ -38,6 +38,7 @@ class Shape:
     token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    colocation: bool = False  # tell in `usage` what colocation cost this call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,11 @@ def usage_body(usages: Iterable[Usage]) -> Json:
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in totals)},
     }
+
+
+def cost_body(cost: Cost) -> Json:
+    """The ledger's entry of one call."""
+    return {"waited_us": cost.waited_us, "preemptions": cost.preemptions, "slabs_reclaimed": cost.slabs_reclaimed}
 
 
 def without_output(completion: Completion) -> Completion:
@@ -248,9 +254,9 @@ class Chunks:
         make = self._chat if self.shape.chat else self._text
         return [self._chunk(choice, prompt) for choice in make(prompt, index, delta)]
 
-    def usage(self, usages: Sequence[Usage]) -> Json:
+    def usage(self, usage: Json) -> Json:
         """The last chunk of a stream with `include_usage`."""
-        return self._object() | {"choices": [], "usage": usage_body(usages)}
+        return self._object() | {"choices": [], "usage": usage}
 
     def _object(self) -> Json:
         return self.head.fields("chat.completion.chunk" if self.shape.chat else "text_completion")

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
+from engine.calls import Call
 from engine.errors import EngineDead, Overloaded, RequestFailed
 from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
-from engine.replies import Chunks, Json
-from engine.types import Delta, FinishReason
+from engine.replies import Chunks, Json, cost_body
+from engine.types import Cost, Delta, FinishReason, Tenant
 from server.admission import Refused, clamp_priority
 from server.http import json_response, read_json
 from server.metrics import Metrics
@@ -20,6 +21,9 @@ from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 from server.sse import EventStream, SlowReader, open_stream
 
 log = logging.getLogger(__name__)
+
+TIER_HEADER = "x-sluice-tier"  # a client that says "flex" here already spares offline work a stop for the body's sake
+COST_HEADER = "x-sluice-colocation"
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
@@ -36,25 +40,41 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     service = request.app[SERVICE]
     engine = service.engine_for_work()
     watch = Watch(service.metrics)
-    call = await read_json(request, lambda body: parse(url, body))
-    call = replace(call, priority=clamp_priority(call.priority, service.config))
-    tenant = tenant_of(call, engine.resolve(call.model, call.tenant))
-    with service.in_flight.hold(request[CLIENT], tenant):
-        try:
-            job = await submit(engine, call)
-        except Overloaded as error:
-            raise Refused(error_answer(error, tenant)) from None
-        watch.submitted(job)
-        service.jobs.add(job)
-        try:
-            return await (_stream if call.stream else _unary)(request, service, job, watch)
-        except (asyncio.CancelledError, ConnectionError):
-            if service.phase is not Phase.DRAINING:
-                watch.left(request[REQUEST_ID])
-            raise
-        finally:
-            job.abort()
-            service.jobs.discard(job)
+    # The gate closes here, before the body is read: an offline step must not run while an online prompt is tokenized.
+    with engine.arriving(online=request.headers.get(TIER_HEADER) != "flex") as arrival:
+        call = await read_json(request, lambda body: parse(url, body))
+        call = replace(call, priority=clamp_priority(call.priority, service.config))
+        tenant = tenant_of(call, engine.resolve(call.model, call.tenant))
+        if tenant is Tenant.OFFLINE:
+            arrival.withdraw()
+        with service.in_flight.hold(request[CLIENT], tenant):
+            return await _run(request, service, call, watch, arrival.cost)
+
+
+async def _run(request: web.Request, service: Service, call: Call, watch: Watch, arrival: Cost) -> web.StreamResponse:
+    try:
+        job = await submit(service.engine_for_work(), call)
+    except Overloaded as error:
+        raise Refused(error_answer(error, call.tenant)) from None
+    job = replace(job, arrival=arrival)
+    watch.submitted(job)
+    service.jobs.add(job)
+    try:
+        return await (_stream if call.stream else _unary)(request, service, job, watch)
+    except (asyncio.CancelledError, ConnectionError):
+        if service.phase is not Phase.DRAINING:
+            watch.left(request[REQUEST_ID])
+        raise
+    finally:
+        job.abort()
+        service.jobs.discard(job)
+
+
+def _cost_header(job: Job) -> dict[str, str]:
+    """What colocation cost an online request so far; nothing for offline ones."""
+    if job.tenant is Tenant.OFFLINE:
+        return {}
+    return {COST_HEADER: ";".join(f"{name}={value}" for name, value in cost_body(job.cost).items())}
 
 
 async def _unary(request: web.Request, service: Service, job: Job, watch: Watch) -> web.StreamResponse:
@@ -62,13 +82,16 @@ async def _unary(request: web.Request, service: Service, job: Job, watch: Watch)
     for choice in body["choices"]:
         watch.finished(choice["finish_reason"])
     watch.end()
-    return json_response(body)
+    return json_response(body, headers=_cost_header(job))
 
 
 async def _stream(request: web.Request, service: Service, job: Job, watch: Watch) -> web.StreamResponse:
     config = service.config
     async with open_stream(
-        request, keep_alive_interval=config.sse_keep_alive_interval, write_timeout=config.sse_write_timeout
+        request,
+        headers=_cost_header(job),
+        keep_alive_interval=config.sse_keep_alive_interval,
+        write_timeout=config.sse_write_timeout,
     ) as events:
         try:
             await _send_all(events, job, watch)
@@ -109,7 +132,7 @@ async def _send_all(events: EventStream, job: Job, watch: Watch) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
     if job.call.shape.include_usage:
-        await events.send(chunks.usage([generation.usage for generation in job.generations]))
+        await events.send(chunks.usage(job.usage()))
 
 
 async def _pump(events: EventStream, job: Job, index: int, chunks: Chunks, watch: Watch) -> None:

@@ -6,16 +6,18 @@ same samples: of the online tenant alone, because routers read queue and KV memo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.types import Tenant
 
 if TYPE_CHECKING:
+    from engine.colocate.exclusive import SharingStats
     from engine.engine import Engine
 
 _LABELS = ("model_name", "tenant")
@@ -145,6 +147,55 @@ class _EngineNumbers(Collector):
         online = names[Tenant.ONLINE], Tenant.ONLINE.value
         info.add_metric((*online, str(stats.page_size), str(stats.kv_pages)), 1)
         yield info
+        if stats.sharing is not None:
+            yield from _sharing_metrics(stats.sharing)
+
+
+def _sharing_metrics(sharing: SharingStats) -> Iterator[Metric]:
+    """Who owned the device and the memory, and what changing hands cost. Only where there is an offline model."""
+    seconds = CounterMetricFamily(
+        "sluice_device_time_seconds", "Time by owner of the device; sums to wall time", labels=("owner",)
+    )
+    for owner, value in sharing.device_seconds.items():
+        seconds.add_metric((owner,), value)
+    yield seconds
+    preemptions = CounterMetricFamily("sluice_preemptions", "Times the offline worker was stopped", labels=("reason",))
+    preemptions.add_metric(("arrival",), sharing.preemptions)
+    preemptions.add_metric(("false_alarm",), sharing.false_alarms)
+    yield preemptions
+    yield _histogram(
+        "sluice_preemption_latency_seconds",
+        "Online arrival to the offline worker standing still",
+        sharing.latency_buckets,
+        sharing.preemption_latency,
+        sharing.preemption_seconds,
+    )
+    caused = sharing.request_preemptions
+    yield _histogram(
+        "sluice_request_preemptions",
+        "Offline preemptions caused by an online request; never more than 1",
+        (0, 1),
+        (caused.get(0, 0), caused.get(1, 0), sum(count for number, count in caused.items() if number > 1)),
+        float(sum(number * count for number, count in caused.items())),
+    )
+    yield CounterMetricFamily("sluice_reclaims", "Times online ran out of slabs and took some", value=sharing.reclaims)
+    yield CounterMetricFamily("sluice_reclaimed_slabs", "Slabs taken in reclaims", value=sharing.reclaimed_slabs)
+    slabs = GaugeMetricFamily("sluice_slabs", "Slabs of KV memory by owner", labels=("owner",))
+    for tenant, count in sharing.slabs.items():
+        slabs.add_metric((tenant.value,), count)
+    yield slabs
+    yield GaugeMetricFamily("sluice_online_headroom_slabs", "Slabs online means to keep free", value=sharing.headroom_slabs)
+    yield GaugeMetricFamily("sluice_cooldown_seconds", "Time that online keeps an idle device", value=sharing.cooldown_seconds)
+    yield CounterMetricFamily("sluice_worker_restarts", "Times the worker was started again", value=sharing.worker_restarts)
+    gate = GaugeMetricFamily("sluice_gate_info", "How the offline worker is stopped", labels=("gate", "state"))
+    gate.add_metric((sharing.gate, sharing.state.value), 1)
+    yield gate
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float], counts: Sequence[int], total: float) -> HistogramMetricFamily:
+    """A histogram from counts per bucket, of which the last holds what is beyond the largest bound."""
+    bounds = [*(str(float(bound)) for bound in buckets), "+Inf"]
+    return HistogramMetricFamily(name, text, buckets=list(zip(bounds, accumulate(counts), strict=True)), sum_value=total)
 
 
 class _VllmNames(Collector):

@@ -67,9 +67,11 @@ class EventStream:
 
 
 @contextlib.asynccontextmanager
-async def open_stream(request: web.Request, *, keep_alive_interval: float, write_timeout: float) -> AsyncIterator[EventStream]:
+async def open_stream(
+    request: web.Request, *, headers: dict[str, str], keep_alive_interval: float, write_timeout: float
+) -> AsyncIterator[EventStream]:
     """Send the headers and keep the stream alive inside the block. `[DONE]` stays the caller's business."""
-    response = web.StreamResponse(headers=HEADERS)
+    response = web.StreamResponse(headers=HEADERS | headers)
     stream = EventStream(request, response, write_timeout)
     await response.prepare(request)
     ticker = asyncio.create_task(stream._keep_alive(keep_alive_interval)) if keep_alive_interval else None

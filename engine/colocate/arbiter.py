@@ -63,11 +63,15 @@ class Arbiter:
     def __init__(self, cool_down: CoolDown, now: float) -> None:
         self.state = State.OFFLINE
         self.cool_down = cool_down
-        self.preemptions = 0
+        self.preemptions = 0  # caused by online requests
+        self.false_alarms = 0  # caused by requests that turned out to be none
         self._unfinished: set[object] = set()
         self._preempted_by: set[object] = set()
         self._since = now
+        self._cooling_since = now
         self._idle_since: float | None = None
+        self._gap: float | None = None  # idle time before the present busy period, once that is known to be one
+        self._before: tuple[State, float, float | None] | None = None  # what a withdrawn arrival goes back to
         self._seconds = dict.fromkeys(State, 0.0)
 
     @property
@@ -86,10 +90,11 @@ class Arbiter:
         """
         if request in self._unfinished:
             return False
+        if not self._unfinished:
+            self._before = self.state, self._cooling_since, self._idle_since
         self._unfinished.add(request)
         if self._idle_since is not None:
-            self.cool_down.observe(now - self._idle_since)
-            self._idle_since = None
+            self._gap, self._idle_since = now - self._idle_since, None
         if self.state is State.COOLING:
             self._move(State.ONLINE, now)
         if self.state is not State.OFFLINE:
@@ -103,6 +108,7 @@ class Arbiter:
     def froze(self, now: float) -> None:
         """The gate is closed."""
         if self.state is State.PREEMPTING:
+            self._cooling_since = now
             self._move(State.ONLINE if self._unfinished else State.COOLING, now)
 
     def finish(self, request: object, now: float) -> int:
@@ -110,17 +116,38 @@ class Arbiter:
         if request not in self._unfinished:
             return 0
         self._unfinished.remove(request)
+        self._before = None
+        if self._gap is not None:
+            self.cool_down.observe(self._gap)
+            self._gap = None
         if not self._unfinished:
-            self._idle_since = now
+            self._idle_since = self._cooling_since = now
             if self.state is State.ONLINE:
                 self._move(State.COOLING, now)
         caused = request in self._preempted_by
         self._preempted_by.discard(request)
         return int(caused)
 
+    def withdraw(self, request: object, now: float) -> bool:
+        """The request turned out to be no online work: as if it had never come. True if the caller must thaw the worker now."""
+        if request not in self._unfinished:
+            return False
+        if request in self._preempted_by:
+            self._preempted_by.remove(request)
+            self.preemptions -= 1
+            self.false_alarms += 1
+        if len(self._unfinished) > 1 or self._before is None or self._before[0] is State.PREEMPTING:
+            self.finish(request, now)
+            return False
+        self._unfinished.remove(request)
+        state, self._cooling_since, self._idle_since = self._before
+        self._before = self._gap = None
+        self._move(state, now)
+        return state is State.OFFLINE
+
     def deadline(self) -> float | None:
         """When `poll` will have something to do, or None."""
-        return self._since + self.cool_down.seconds if self.state is State.COOLING else None
+        return self._cooling_since + self.cool_down.seconds if self.state is State.COOLING else None
 
     def poll(self, now: float) -> bool:
         """True if the caller must thaw the worker now."""

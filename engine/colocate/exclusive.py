@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 0.1
 _STOP_PATIENCE = 0.002  # longest an arrival waits for the worker's threads to stop; typically it is tens of microseconds
-LATENCY_BUCKETS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+_LATENCY_BUCKETS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ class SharingStats:
     probe: ProbeResult | None
     cooldown_seconds: float
     preemptions: int
-    preemption_latency: tuple[int, ...]  # counts per LATENCY_BUCKETS, then those beyond
+    false_alarms: int
+    latency_buckets: tuple[float, ...]  # seconds
+    preemption_latency: tuple[int, ...]  # counts per bucket, then those beyond
     preemption_seconds: float
     request_preemptions: dict[int, int]  # preemptions caused -> finished online requests
     reclaims: int
@@ -107,7 +109,7 @@ class ExclusiveSharing:
         self._started_at = self._clock.now()
         self._offline_since: float | None = None  # the worker may run and has work, since then
         self._offline_seconds = 0.0
-        self._latencies = [0] * (len(LATENCY_BUCKETS) + 1)
+        self._latencies = [0] * (len(_LATENCY_BUCKETS) + 1)
         self._latency_sum = 0.0
         self._request_preemptions: Counter[int] = Counter()
         self._guardian = Guardian(self._control)
@@ -196,13 +198,22 @@ class ExclusiveSharing:
             cost.slabs_reclaimed += sum(self._lender.reclaimed_for.pop(name, 0) for name in request_ids)
             self._wake.notify()
 
+    def withdraw(self, request: object) -> None:
+        """What had arrived is no online request after all."""
+        with self._lock:
+            now = self._clock.now()
+            if self._arbiter.withdraw(request, now):
+                self._account(now)
+                self._gate.thaw()
+            self._wake.notify()
+
     def count(self, cost: Cost) -> None:
         """Enter a finished online request in the ledger."""
         with self._lock:
             self._request_preemptions[cost.preemptions] += 1
 
     def _book_latency(self, seconds: float) -> None:
-        self._latencies[bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self._latencies[bisect_left(_LATENCY_BUCKETS, seconds)] += 1
         self._latency_sum += seconds
 
     # -- offline requests
@@ -281,6 +292,8 @@ class ExclusiveSharing:
                 probe=self._probe,
                 cooldown_seconds=self._arbiter.cool_down.seconds,
                 preemptions=self._arbiter.preemptions,
+                false_alarms=self._arbiter.false_alarms,
+                latency_buckets=_LATENCY_BUCKETS,
                 preemption_latency=tuple(self._latencies),
                 preemption_seconds=self._latency_sum,
                 request_preemptions=dict(self._request_preemptions),

@@ -2,7 +2,7 @@
 
 Integers only: no torch behind this module. A plan is frozen, yet its rows point at the request's token list and page table
 instead of copying them. That is safe by two rules kept elsewhere: both lists only ever grow while a plan can see them, and a
-request that loses pages gets a *new* list (`KVManager`). Rows and results are msgspec structs, since a step makes hundreds of them.
+request that loses pages gets a *new* list (`KVManager`). Rows and results are msgspec structs: a step makes hundreds of them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class View:
 
     def catching_up(self, tenant: Tenant) -> Iterator[Request]:
         """The tenant's running requests: those one token behind (decoding) first, then those with more to compute."""
-        decoding, others = [], []
+        decoding: list[Request] = []
+        others: list[Request] = []
         for request in self.running[tenant]:
             (decoding if len(request.tokens) - request.num_computed == 1 else others).append(request)
         return self._still_running([*decoding, *others])
