@@ -14,6 +14,7 @@ import json
 import platform
 import pydoc_data.topics
 import random
+import signal
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -355,6 +356,7 @@ def line_up(args: argparse.Namespace, model: Path) -> list[Contender]:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     args.batch_size = _pairs(args.batch_size)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contenders are ended too
     model = resolve_model(args.model)
     work = make_work(Tokenizer.load(model), args.prompts, args.singles, args.tokens)
     with contextlib.ExitStack() as stack:

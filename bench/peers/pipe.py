@@ -6,8 +6,10 @@ A driver is started with one argument, its Setup as JSON. It answers `{"ready": 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Tokens = list[int]
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Driver:
 
 def serve(make: Callable[[Setup], Driver]) -> None:
     """Load the engine and obey until the pipe closes. What the engine prints goes to stderr."""
+    _die_with_parent()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -90,6 +95,12 @@ def serve(make: Callable[[Setup], Driver]) -> None:
             reply({"result": result, "seconds": seconds})
         except Exception:
             reply({"error": traceback.format_exc()})
+
+
+def _die_with_parent() -> None:
+    """A stopped process never sees its input close, so the kernel is asked to kill it (Linux; elsewhere it stays)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def chunks(prompts: list[Tokens], size: int) -> list[list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +14,19 @@ import psutil
 import pytest
 from helpers import tiny_checkpoint
 
-from bench.contender import Contender, ContenderError
+from bench.contender import ROOT, Contender, ContenderError
 from bench.engine import LONGEST, SHORTEST, SINGLE_TOKENS, Floors, Match, Work, common_prefix, make_work, parser, report
 from bench.peers.pipe import Setup, Single, chunks
 from engine.spec import load_spec
 from engine.tokenizer import Tokenizer
 
+HARNESS = """
+from bench.contender import Contender
+from bench.peers.pipe import Setup
+with Contender("orphan", "tests.bench.scripted_driver", Setup("", 1)) as contender:
+    print(contender._tree()[0].pid, flush=True)
+    input()
+"""
 WORK = Work(singles=[[5, 6]], batch=[[1, 2], [3, 4, 5]], count=4)
 
 
@@ -69,6 +78,17 @@ def test_leaving_ends_the_process() -> None:
     with scripted() as contender:
         process = contender._tree()[0]
     assert not process.is_running()
+
+
+def test_a_contender_does_not_outlive_a_harness_that_is_killed() -> None:
+    harness = subprocess.Popen(
+        [sys.executable, "-c", HARNESS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert harness.stdin and harness.stdout
+    with harness:
+        process = psutil.Process(int(harness.stdout.readline()))
+        harness.kill()
+    process.wait(30)  # raises TimeoutExpired if it lives on
 
 
 def test_single_counts_first_and_last() -> None:
