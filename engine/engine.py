@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -66,16 +67,21 @@ class Stats:
 
 
 class Arrival:
-    """A request whose head is here and whose body is not. `cost` is what it cost so far."""
+    """A request whose head is here and whose body is not. What is submitted in its `with` block is entered under its cost."""
 
     def __init__(self, sharing: ExclusiveSharing | None) -> None:
         self.cost = Cost()
+        self.withdrawn = False
         self._sharing = sharing
 
     def withdraw(self) -> None:
         """It is no online request: offline work goes on at once, as if nothing had come."""
+        self.withdrawn = True
         if self._sharing is not None:
             self._sharing.withdraw(id(self))
+
+
+_arrival: ContextVar[Arrival | None] = ContextVar("arrival", default=None)
 
 
 class Engine:
@@ -350,6 +356,10 @@ class Engine:
         )
         names = tuple(f"{key}.{index}" for index in range(params.n))
         if tenant is Tenant.ONLINE:
+            arrival = _arrival.get()
+            if arrival is not None:
+                generation.cost = arrival.cost
+                generation.counted = True
             self._arrive(generation, generation.cost)
         with self._lock:
             self._live[key] = generation
@@ -383,11 +393,17 @@ class Engine:
         arrival = Arrival(self._sharing)
         if online:
             self._arrive(arrival, arrival.cost)
+        else:
+            arrival.withdrawn = True
+        token = _arrival.set(arrival)
         try:
             yield arrival
         finally:
+            _arrival.reset(token)
             if self._sharing is not None:
                 self._sharing.finish(id(arrival), arrival.cost)
+                if not arrival.withdrawn:
+                    self._sharing.count(arrival.cost)
 
     def _arrive(self, key: object, cost: Cost) -> None:
         if self._sharing is not None:
@@ -403,7 +419,8 @@ class Engine:
         if self._sharing is not None:
             names = tuple(f"{key}.{index}" for index in range(generation.params.n))
             self._sharing.finish(id(generation), generation.cost, names)
-            self._sharing.count(generation.cost)
+            if not generation.counted:
+                self._sharing.count(generation.cost)
 
     # -- inside: results out, in the loop's thread
 

@@ -155,6 +155,7 @@ class Generation:
         self._num_preemptions = 0
         self._dead: EngineDead | None = None
         self.cost = Cost()  # what colocation cost an online request
+        self.counted = False  # somebody else enters the cost in the ledger, for several generations perhaps
 
     # -- the reader's side
 

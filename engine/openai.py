@@ -12,7 +12,8 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextvars import copy_context
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine import replies
@@ -76,12 +77,12 @@ class Job:
     words: Tokenizer
     prompts: tuple[Prompt, ...]
     generations: tuple[Generation, ...]
-    arrival: Cost = field(default_factory=Cost)  # what colocation cost it before it was submitted
 
     @property
     def cost(self) -> Cost:
-        """What colocation cost this call so far."""
-        return sum((generation.cost for generation in self.generations), self.arrival)
+        """What colocation cost this call so far. Generations of one HTTP request share one entry."""
+        entries = {id(generation.cost): generation.cost for generation in self.generations}
+        return sum(entries.values(), Cost())
 
     def usage(self) -> Json:
         """The call's `usage` object, with the ledger's entry if the client asked for it."""
@@ -169,7 +170,7 @@ async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -
     if call.chars <= LARGE_PROMPT:
         return _submit(engine, call, request_id)
     loop = asyncio.get_running_loop()
-    future = _tokenizing.submit(_submit, engine, call, request_id)
+    future = _tokenizing.submit(copy_context().run, _submit, engine, call, request_id)
     try:
         return await asyncio.wrap_future(future, loop=loop)
     except asyncio.CancelledError:

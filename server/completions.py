@@ -13,7 +13,7 @@ from engine.calls import Call
 from engine.errors import EngineDead, Overloaded, RequestFailed
 from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
 from engine.replies import Chunks, Json, cost_body
-from engine.types import Cost, Delta, FinishReason, Tenant
+from engine.types import Delta, FinishReason, Tenant
 from server.admission import Refused, clamp_priority
 from server.http import json_response, read_json
 from server.metrics import Metrics
@@ -48,15 +48,14 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
         if tenant is Tenant.OFFLINE:
             arrival.withdraw()
         with service.in_flight.hold(request[CLIENT], tenant):
-            return await _run(request, service, call, watch, arrival.cost)
+            return await _run(request, service, call, watch)
 
 
-async def _run(request: web.Request, service: Service, call: Call, watch: Watch, arrival: Cost) -> web.StreamResponse:
+async def _run(request: web.Request, service: Service, call: Call, watch: Watch) -> web.StreamResponse:
     try:
         job = await submit(service.engine_for_work(), call)
     except Overloaded as error:
         raise Refused(error_answer(error, call.tenant)) from None
-    job = replace(job, arrival=arrival)
     watch.submitted(job)
     service.jobs.add(job)
     try:

@@ -53,6 +53,8 @@ async def test_the_ledger_on_an_online_response(pair: Engine) -> None:
         status, body = await server.post("/v1/completions", COMPLETION | {"return_colocation": True})
         assert status == 200
         cost = body["usage"]["colocation"]
+        counted = pair.stats().sharing.request_preemptions
+        assert sum(number * count for number, count in counted.items()) >= cost["preemptions"]
         assert cost.keys() == {"waited_us", "preemptions", "slabs_reclaimed"}
         assert cost["preemptions"] in (0, 1)
         for generation in offline:
@@ -68,6 +70,16 @@ async def test_the_header_is_for_online_responses_only(pair: Engine) -> None:
         body["stream_options"] = {"include_usage": True}
         events = await server.events("/v1/chat/completions", body)
         assert "colocation" in events[-2]["usage"]
+
+
+async def test_each_online_request_is_counted_once(pair: Engine) -> None:
+    async with serving(pair) as server:
+        before = sum(pair.stats().sharing.request_preemptions.values())
+        await server.post("/v1/completions", COMPLETION | {"prompt": ["a", "b", "c"]})
+        await server.post("/v1/completions", COMPLETION)
+        pair.submit("direct", SamplingParams(max_tokens=2)).result(60)
+        await server.idle()
+        assert sum(pair.stats().sharing.request_preemptions.values()) - before == 3
 
 
 async def test_usage_says_nothing_unless_asked(pair: Engine) -> None:
