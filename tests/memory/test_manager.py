@@ -205,7 +205,7 @@ class KVLife(RuleBasedStateMachine):
             assert self.kv.pool.num_used() == 0
 
 
-KVLife.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+KVLife.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestKVLife = KVLife.TestCase
 
 

@@ -102,7 +102,7 @@ class PoolLife(RuleBasedStateMachine):
             assert (pool.refs(page), pool.tenant(page)) == (refs, tenant)
 
 
-PoolLife.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolLife.TestCase.settings = settings(max_examples=70, stateful_step_count=40, deadline=None)
 TestPoolLife = PoolLife.TestCase
 
 
