@@ -132,7 +132,11 @@ EVENTS: dict[str, Callable[[Device], None]] = {
 }
 
 
-@pytest.mark.parametrize(("events", "length"), [(list(EVENTS), 5), (["arrive a", "arrive b", "finish a", "froze", "poll", "long"], 6)], ids=["all", "most"])
+@pytest.mark.parametrize(
+    ("events", "length"),
+    [(list(EVENTS), 5), (["arrive a", "arrive b", "finish a", "froze", "poll", "long"], 6)],
+    ids=["all", "most"],
+)
 def test_every_short_history(events: list[str], length: int) -> None:
     for history in itertools.product(events, repeat=length):
         device = Device()
