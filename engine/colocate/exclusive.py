@@ -170,6 +170,7 @@ class ExclusiveSharing:
     def _worker_ended(self, pid: int) -> None:
         with self._lock:
             self._pid = None
+            self._gate.thaw()  # the next one may be born into an idle moment
             self._gate = NoGate()
 
     # -- online requests

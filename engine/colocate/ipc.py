@@ -106,7 +106,7 @@ def _exactly(sock: socket.socket, size: int) -> bytes | None:
     while len(parts) < size:
         try:
             part = sock.recv(min(size - len(parts), 1 << 20))
-        except OSError:
+        except ConnectionError:
             return None
         if not part:
             return None
