@@ -90,7 +90,7 @@ class EngineConfig:
     gate: str = knob(
         "auto",
         "how the offline model's process is stopped: auto takes the first that demonstrably works",
-        choices=("auto", "process", "layer", "none"),
+        choices=("auto", "channel", "stream", "process", "layer", "none"),
     )
     cooldown_ms: float | None = knob(
         None, "stay with online this long after its last request (default: adapted to the arrivals)", parse=float, low=0

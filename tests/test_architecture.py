@@ -70,6 +70,7 @@ CUDA_FILES = (
     "engine/kernels/cuda*.py",
     "engine/kernels/flashinfer*.py",
     "engine/memory/cuda*.py",
+    "engine/colocate/cuda*.py",
 )
 CUDA_PACKAGES = frozenset({"triton", "flashinfer", "cuda", "cupy", "pynvml"})
 

@@ -32,12 +32,14 @@ class Word(IntEnum):
     MAGIC = 0  # main, once
     NUM_SLABS = 1  # main, once
     HEARTBEAT = 2  # main: monotonic ns of its last sign of life
-    FROZEN = 3  # main: 1 while the worker is meant to stand still
+    FROZEN = 3  # main: not 0 while the worker is meant to stand still; on a GPU it also says by what (`gate.Freeze`)
     GENERATION = 4  # main: bumped after every change of a slab's owner
     PROGRESS = 5  # worker: layers computed, or spins while probed
     PROGRESS_NS = 6  # worker: monotonic ns of the last progress
     REPORT = 7  # worker: number of its last complete report (32 bits; odd ones are in the second buffer), length (32 bits)
     RESCUES = 8  # guardian: times it thawed the worker because main gave no sign of life
+    HELD = 9  # worker: 1 while its GPU channels are surely off
+    LET_GO = 10  # worker: every slab it had lost by this GENERATION has left its GPU window; 0 if it has mapped none yet
 
 
 class ControlPage:

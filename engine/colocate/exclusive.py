@@ -19,7 +19,7 @@ from engine.build import Memory
 from engine.clock import Clock, MonotonicClock
 from engine.colocate.arbiter import Arbiter, CoolDown, State
 from engine.colocate.control import ControlPage
-from engine.colocate.gate import Gate, LayerGate, NoGate, ProbeResult, ProcessGate, cost_of, probe
+from engine.colocate.gate import Gate, LayerGate, NoGate, ProbeResult, ProcessGate, cost_of, probe, rungs
 from engine.colocate.guardian import Guardian
 from engine.colocate.lending import SlabLender
 from engine.colocate.process import OfflineProcess
@@ -86,6 +86,7 @@ class ExclusiveSharing:
     ) -> None:
         self._clock = clock or MonotonicClock()
         self._run_in_engine = run_in_engine
+        self._rungs = rungs(config.gate, config.device)
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._closing = False
@@ -133,8 +134,7 @@ class ExclusiveSharing:
     def _choose_gate(self) -> bool:
         """False if the worker died meanwhile, which says nothing about the gate."""
         pid = self._pid
-        names = ("process", "layer", "none") if self._gate_name == "auto" else (self._gate_name,)
-        for name in names:
+        for name in self._rungs:
             with self._lock:
                 self._gate = self._make_gate(name)
             if name == "none":
@@ -155,6 +155,10 @@ class ExclusiveSharing:
         return True
 
     def _make_gate(self, name: str) -> Gate:
+        if name in ("channel", "stream"):
+            from engine.colocate.cuda_gate import AgentGate, StreamGate
+
+            return AgentGate(self._control) if name == "channel" else StreamGate(self._control)
         if name == "process" and self._pid is not None:
             return ProcessGate(self._control, self._pid)
         return LayerGate(self._control) if name == "layer" else NoGate()

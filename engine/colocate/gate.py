@@ -1,4 +1,4 @@
-"""Gates: stop and restart the offline worker's compute from outside. One file, since both CPU rungs fit on a page.
+"""Gates: stop and restart the offline worker's compute from outside. The rungs of a CPU; `cuda_gate` has those of a GPU.
 
 A gate says what it asks of the worker; whether the worker really stands still is shown by `probe`, never taken from a success
 code: a word that the worker advances must stop advancing. Freezing is idempotent and never waits for the worker.
@@ -14,9 +14,22 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 from engine.colocate.control import ControlPage, Word
+from engine.errors import InvalidConfig
+
+
+class Freeze(IntEnum):
+    """What `Word.FROZEN` says. The worker's processor stands still for each of them; on a GPU the device does so by ..."""
+
+    NO = 0
+    LAYER = 1  # nothing more (and what ProcessGate says)
+    STREAM = 2  # its stream barrier
+    CHANNEL = 3  # channels that the worker's agent switches off
+    BY_MAIN = 4  # channels that main switches, and that may be on or off
+    HELD_BY_MAIN = 5  # channels that main has switched off; this plus n for the n-th time
 
 
 class Gate(Protocol):
@@ -103,7 +116,16 @@ class NoGate:
         pass
 
 
-GATES = ("process", "layer", "none")
+_RUNGS = {"cpu": ("process", "layer", "none"), "cuda": ("channel", "stream", "layer", "none")}
+
+
+def rungs(wanted: str, device: str) -> tuple[str, ...]:
+    """The gates to try, best first, for what --gate says. Raises InvalidConfig for one that cannot stop work on the device."""
+    known = _RUNGS["cuda" if device == "cuda" else "cpu"]
+    if wanted != "auto" and wanted not in known:
+        why = ": a GPU goes on when its process is stopped" if wanted == "process" else ""
+        raise InvalidConfig(f"--gate {wanted} is not for the device {device}{why}; choose one of auto, {', '.join(known)}")
+    return known if wanted == "auto" else (wanted,)
 
 
 @dataclass(frozen=True, slots=True)
