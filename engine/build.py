@@ -7,6 +7,7 @@ tensor behind it is imported inside functions, so that importing this file stays
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,18 @@ from typing import TYPE_CHECKING
 import psutil
 
 from engine.clock import Clock, MonotonicClock
-from engine.config import EngineConfig
+from engine.config import EngineConfig, cache_dir
 from engine.core import EngineCore
 from engine.demo import resolve_model
 from engine.errors import InvalidConfig
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
-from engine.sched.plan import Runner
-from engine.sched.policies import POLICIES
+from engine.sched.latency import StepTime
+from engine.sched.plan import PlanRow, Runner, StepPlan
+from engine.sched.policies import make_policy
 from engine.sched.scheduler import Scheduler
 from engine.spec import ModelSpec, load_spec
+from engine.types import SamplingParams, Tenant
 
 if TYPE_CHECKING:
     from engine.memory.window import HostWindow
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _KV_SHARE = 0.25  # of the machine's available memory, unless --kv-cache-memory says otherwise
 _KV_CEILING = 8 * 2**30
+_LIBRARY_BYTES = 2 * 2**30  # of a GPU, for one process
 _HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -54,21 +58,30 @@ class BuiltModel:
     runner: Runner
     num_slabs: int
     pages_per_slab: int
-    window: HostWindow | None = None
+    window: HostWindow | None = None  # whose slabs another process can take
 
 
 def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
     """How much KV memory there is and how it is cut into slabs, for one model or for two that share it."""
     from engine.kernels.api import fit_slab
+    from engine.kernels.select import device_memory
 
+    device = device_memory(config.device)
+    if device is not None and len(specs) > 1:
+        raise InvalidConfig("two models cannot share one GPU in this version: serve one model, for both tenants")
     pages = [_page_bytes(config, spec) for spec in specs]
-    slab_bytes = fit_slab(pages, granularity=_HOST_PAGE, slab_bytes=config.slab_size)
+    granularity, least = (_HOST_PAGE, config.slab_size) if device is None else (device.granule, device.slab_bytes)
+    slab_bytes = fit_slab(pages, granularity=granularity, slab_bytes=max(least, config.slab_size))
     if config.kv_cache_memory is not None:
         wanted = config.kv_cache_memory
     else:
         lengths = [config.max_model_len or spec.max_position for spec in specs]
         longest = max(page * -(-length // config.page_size) for page, length in zip(pages, lengths, strict=True))
-        allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
+        if device is None:
+            allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
+        else:
+            needed = sum(_weight_bytes(config, spec) + _work_bytes(config, spec) for spec in specs)
+            allowed = int(config.gpu_memory_utilization * device.total) - device.used - needed
         wanted = min(config.max_num_seqs * longest, allowed)
     if wanted < slab_bytes * len(specs):
         raise InvalidConfig(f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; give it more")
@@ -91,9 +104,9 @@ def load_model(
     """
     import torch
 
-    from engine.kernels.api import KVLayout
+    from engine.kernels.api import AttentionShape, KVLayout
     from engine.kernels.select import load_backend
-    from engine.memory.window import HostWindow
+    from engine.memory.window import HostWindow, TensorWindow, Window
     from engine.model import Model
     from engine.runner import ModelRunner
     from engine.weights import load_weights, random_weights
@@ -116,18 +129,39 @@ def load_model(
     num_pages = memory.num_slabs * layout.pages_per_slab
     longest = max_model_len(config, spec, num_pages)
     if config.load_format == "dummy":
-        weights = random_weights(spec, dtype, config.seed)
+        weights = random_weights(spec, dtype, config.seed, backend.device)
     else:
         weights = load_weights(path, spec, dtype, progress)
-    window = HostWindow(memory.num_slabs, layout.slab_bytes, window_fd)
-    attention = backend.attention(layout.view(window.tensor, num_pages))
-    model = Model(spec, weights, backend.ops, attention, dtype, max_len=longest)
+    host_window = None if backend.own_memory else HostWindow(memory.num_slabs, layout.slab_bytes, window_fd)
+    window: Window = host_window or TensorWindow(memory.num_slabs, layout.slab_bytes, backend.device)
+    attention = backend.attention(
+        layout.view(window.tensor, num_pages),
+        AttentionShape(spec.num_heads, config.max_num_batched_tokens, config.max_num_seqs, spec.windows),
+    )
+    model = Model(spec, weights, backend.ops, attention, dtype, device=backend.device, max_len=longest)
+    backend.trim()
     logger.info(
         "%s on %s in %s: KV memory %.2f GiB, %d tokens",
         path.name, backend.name, dtype, memory.num_slabs * layout.slab_bytes / 2**30, num_pages * config.page_size,
     )  # fmt: skip
-    runner = ModelRunner(model, layout, window, backend.device)
-    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, window)
+    graphs = None if backend.graphs is None or config.enforce_eager else backend.graphs(model, attention, config.max_num_seqs)
+    runner = ModelRunner(
+        model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs
+    )
+    if backend.own_memory:
+        _warm_up(runner, config, longest)
+    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, host_window)
+
+
+def _warm_up(runner: Runner, config: EngineConfig, longest: int) -> None:
+    """Run the largest step there can be and a sampling one before anybody waits: kernels compile, and memory that is too
+    little shows now. Whatever it writes lies in pages that nobody owns yet."""
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, top_k=40, presence_penalty=0.5)
+    count = min(config.max_num_batched_tokens, longest)
+    pages = tuple(range(-(-count // config.page_size)))
+    for tokens, params in ((count, SamplingParams(temperature=0.0)), (1, drawn)):
+        row = PlanRow("warm-up", Tenant.ONLINE, (0,) * tokens, tokens, 0, tokens, pages, True, params, 0.5)
+        runner.collect(runner.launch(StepPlan(0, (row,))))
 
 
 def build_core(
@@ -149,14 +183,21 @@ def build_core(
     )
     scheduler = Scheduler(
         kv,
-        POLICIES[config.policy](),
+        make_policy(config.policy, tpot=config.tpot_slo_ms and config.tpot_slo_ms / 1e3, increase=config.slo_increase),
         clock or MonotonicClock(),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=longest,
         eos_ids=built.spec.eos_ids,
+        step_time=StepTime.load(step_time_file(config, built)),
     )
     return EngineCore(scheduler, built.runner)
+
+
+def step_time_file(config: EngineConfig, built: BuiltModel) -> Path:
+    """Where what was learned of step times is kept: one file per model, device and number format."""
+    name = "-".join([built.path.name, config.device, _dtype(config, built.spec), str(config.threads or os.cpu_count())])
+    return cache_dir() / "step-time" / f"{name}.json"
 
 
 def max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
@@ -178,9 +219,30 @@ def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
     """Name of the number format the model runs in."""
     if config.dtype != "auto":
         return config.dtype
-    return spec.dtype if config.device == "cuda" else "float32"
+    from engine.kernels.select import resolve_device
+
+    return spec.dtype if resolve_device(config.device) == "cuda" else "float32"
+
+
+def _weight_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    from engine.weights import expected_shapes
+
+    return sum(math.prod(shape) for shape in expected_shapes(spec).values()) * _value_bytes(config, spec)
+
+
+def _work_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    """Beside weights and KV, an upper estimate: activations of the largest step, logits and their copies, and what the
+    libraries, compiled kernels and graphs take."""
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    activations = config.max_num_batched_tokens * (6 * spec.hidden_size + heads + 3 * spec.intermediate_size)
+    logits = 4 * 4 * config.max_num_seqs * spec.vocab_size
+    return activations * _value_bytes(config, spec) + logits + _LIBRARY_BYTES
+
+
+def _value_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    return 4 if _dtype(config, spec) == "float32" else 2
 
 
 def _page_bytes(config: EngineConfig, spec: ModelSpec) -> int:
     values = spec.num_layers * 2 * config.page_size * spec.num_kv_heads * spec.head_dim
-    return values * (4 if _dtype(config, spec) == "float32" else 2)
+    return values * _value_bytes(config, spec)

@@ -82,11 +82,19 @@ class EngineConfig:
         None, "KV memory in bytes, e.g. 2GiB (default: room for what can run at once, within free memory)",
         parse=parse_bytes, low=1,
     )  # fmt: skip
+    gpu_memory_utilization: float = knob(0.9, "part of the GPU's memory to use for weights, work space and KV")
+    enforce_eager: bool = knob(False, "decode without CUDA graphs")
     page_size: int = knob(16, "tokens in a KV page", low=1)
     slab_size: int = knob(2 * 2**20, "bytes of KV memory that change hands between tenants at once", parse=parse_bytes)
     enable_prefix_caching: bool = knob(True, "keep the KV of finished requests for prompts that start the same")
     online_cache_share: float = knob(0.5, "part of the KV memory whose online prefixes offline work may never evict")
-    policy: str = knob("online-first", "scheduling policy", choices=("online-first", "fcfs"))
+    policy: str = knob(
+        "online-first",
+        "one model for both tenants: offline only when online is idle, or also in online steps as latency allows, or blind",
+        choices=("online-first", "shared-step", "fcfs"),
+    )
+    tpot_slo_ms: float | None = knob(None, "shared-step: longest time for a step with online rows", parse=float, low=0)
+    slo_increase: float = knob(0.05, "shared-step without --tpot-slo-ms: share by which online steps may get longer", low=0)
     gate: str = knob(
         "auto",
         "how the offline model's process is stopped: auto takes the first that demonstrably works",
@@ -111,6 +119,8 @@ class EngineConfig:
             choices = spec.metadata.get("choices")
             if choices and value not in choices:
                 raise InvalidConfig(f"--{spec.name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise InvalidConfig(f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
         if not 0.0 <= self.online_cache_share <= 1.0:
             raise InvalidConfig(f"--online-cache-share must be between 0 and 1, got {self.online_cache_share}")
 

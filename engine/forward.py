@@ -38,9 +38,12 @@ def build(plan: StepPlan, device: torch.device) -> Batch:
             raise ValueError(f"request {row.request_id}: tokens {row.start}..{row.end} of {len(row.tokens)}")
     rows = plan.rows
     sampled = tuple(index for index, row in enumerate(rows) if row.sample)
+    last = [offsets[i] + rows[i].count - 1 for i in sampled]
+    sizes = (len(token_ids), len(positions), len(last))
+    ids, places, sample_rows = _on(device, [*token_ids, *positions, *last]).split(sizes)
     return Batch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        token_ids=ids,
+        positions=places,
         meta=BatchMeta(
             starts=tuple(row.start for row in rows),
             counts=tuple(row.count for row in rows),
@@ -48,8 +51,15 @@ def build(plan: StepPlan, device: torch.device) -> Batch:
             tables=tuple(row.pages for row in rows),
         ),
         sampled=sampled,
-        sample_rows=torch.tensor([offsets[i] + rows[i].count - 1 for i in sampled], dtype=torch.int64, device=device),
+        sample_rows=sample_rows,
     )
+
+
+def _on(device: torch.device, values: list[int]) -> torch.Tensor:
+    """int64 on the device: one copy, from pinned memory where that lets the host go on meanwhile."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
 def without(plan: StepPlan, dropped: frozenset[str]) -> tuple[StepPlan, list[int]]:

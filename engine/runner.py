@@ -6,14 +6,15 @@ there, and a parked pass is in its `Checkpoint`; so any step can be dropped, rep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engine import forward
 from engine.clock import Clock, MonotonicClock
-from engine.kernels.api import KVLayout
-from engine.kernels.sampling import Sample, Sampled, sample, token_logprobs
+from engine.kernels.api import Graphs, KVLayout, Pace
+from engine.kernels.sampling import Outcomes, Sample, Sampler, sample, token_logprobs
 from engine.memory.window import Window
 from engine.model import Model
 from engine.sched.plan import Checkpoint, RowResult, StepPlan, StepResult, StopCondition
@@ -37,24 +38,40 @@ class _InFlight:
     plan: StepPlan
     seconds: float
     checkpoint: Checkpoint | None = None
-    sampled: Sampled | None = None
+    sampled: Outcomes | None = None
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] | None = None
 
 
 class ModelRunner:
     """`sched.plan.Runner` for a model whose attention reads and writes the pages of `window`.
 
-    Exceptions of the device or its kernels come out of `launch`, `resume` and `collect` as they are.
+    `sampler`, `pace` and `graphs` are the backend's. Exceptions of the device or its kernels come out of `launch`, `resume` and
+    `collect` as they are.
     """
 
     def __init__(
-        self, model: Model, layout: KVLayout, window: Window, device: torch.device, clock: Clock | None = None
+        self,
+        model: Model,
+        layout: KVLayout,
+        window: Window,
+        device: torch.device,
+        clock: Clock | None = None,
+        *,
+        sampler: Sampler = sample,
+        pace: Callable[[], Pace] | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.layout = layout
         self.window = window
         self.device = device
         self._model = model
         self._clock = clock or MonotonicClock()
+        self._sampler = sampler
+        self._pace = pace
+        self._graphs = graphs
+        if graphs is not None:
+            with torch.inference_mode():
+                graphs.prepare()
 
     @property
     def num_layers(self) -> int:
@@ -64,8 +81,15 @@ class ModelRunner:
     def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> _InFlight:
         started = self._clock.now()
         batch = forward.build(plan, self.device)
-        parked = _Parked(self._model.embed(batch.token_ids), None)
-        return self._run(plan, batch, 0, parked, stop, started)
+        stop = self._paced(stop) if plan.preemptible else None
+        done = self._graphs.run(batch.token_ids, batch.positions, batch.meta, stop) if self._graphs is not None else None
+        if done is None:
+            parked = _Parked(self._model.embed(batch.token_ids), None)
+            return self._run(plan, batch, 0, parked, stop, started)
+        layer, hidden, residual = done
+        if layer == self.num_layers:
+            return self._finish(plan, batch, hidden, residual, started)
+        return self._park(plan, layer, _Parked(hidden.clone(), residual.clone()), started)
 
     @torch.inference_mode()
     def resume(
@@ -80,7 +104,20 @@ class ModelRunner:
             parked = _Parked(parked.hidden[keep], residual)
         if not plan.rows:
             return _InFlight(plan, 0.0)
+        stop = self._paced(stop) if plan.preemptible else None
         return self._run(plan, forward.build(plan, self.device), checkpoint.layer, parked, stop, started)
+
+    def _paced(self, stop: StopCondition | None) -> StopCondition | None:
+        """`stop`, asked about layers that the device is about to reach."""
+        if stop is None or self._pace is None:
+            return stop
+        pace = self._pace()
+
+        def stop_when_close(layer: int) -> bool:
+            pace.layer_launched()
+            return stop(layer)
+
+        return stop_when_close
 
     def _run(
         self, plan: StepPlan, batch: forward.Batch, layer: int, parked: _Parked, stop: StopCondition | None, started: float
@@ -90,24 +127,30 @@ class ModelRunner:
         handle = model.plan(batch.meta)
         rotation = model.rotation(batch.positions)
         hidden, residual = parked.hidden, parked.residual
-        may_stop = stop if plan.preemptible else None
         for index in range(layer, model.num_layers):
-            if index > layer and may_stop is not None and may_stop(index):
-                checkpoint = Checkpoint(plan, index, _Parked(hidden, residual))
-                return _InFlight(plan, self._clock.now() - started, checkpoint)
+            if index > layer and stop is not None and stop(index):
+                return self._park(plan, index, _Parked(hidden, residual), started)
             hidden, residual = model.layer(index, hidden, residual, rotation, handle)
         assert residual is not None, "a checkpoint lies before the end"
+        return self._finish(plan, batch, hidden, residual, started)
+
+    def _park(self, plan: StepPlan, layer: int, parked: _Parked, started: float) -> _InFlight:
+        return _InFlight(plan, self._clock.now() - started, Checkpoint(plan, layer, parked))
+
+    def _finish(
+        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor, started: float
+    ) -> _InFlight:
         sampled = self._sample(plan, batch, hidden, residual)
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, residual)
         return _InFlight(plan, self._clock.now() - started, None, sampled, prompt_logprobs)
 
     def _sample(
         self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> Sampled | None:
+    ) -> Outcomes | None:
         if not batch.sampled:
             return None
         logits = self._model.logits(hidden, residual, batch.sample_rows)
-        return sample(logits, [plan.rows[index] for index in batch.sampled])
+        return self._sampler(logits, [plan.rows[index] for index in batch.sampled])
 
     def _prompt_logprobs(
         self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor

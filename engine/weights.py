@@ -66,21 +66,25 @@ def load_weights(path: Path, spec: ModelSpec, dtype: torch.dtype, progress: bool
     return _settle_head(path, spec, weights)
 
 
-def random_weights(spec: ModelSpec, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(
+    spec: ModelSpec, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Weights of the spec's shapes without a checkpoint: for benchmarks and tests of everything but the answers.
+
+    Made on the device, which may draw other numbers than another device does.
 
     Norms are 1 and biases 0; the rest is normal with a deviation that keeps activations near 1 at any width and depth.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, shape in expected_shapes(spec).items():
         if name.endswith("norm.weight"):
-            weights[name] = torch.ones(shape, dtype=dtype)
+            weights[name] = torch.ones(shape, dtype=dtype, device=device)
         elif name.endswith(".bias"):
-            weights[name] = torch.zeros(shape, dtype=dtype)
+            weights[name] = torch.zeros(shape, dtype=dtype, device=device)
         else:
             deviation = 1.0 if name == EMBEDDING and not spec.tie_embeddings else shape[1] ** -0.5
-            weights[name] = torch.empty(shape).normal_(0.0, deviation, generator=generator).to(dtype)
+            weights[name] = torch.empty(shape, device=device).normal_(0.0, deviation, generator=generator).to(dtype)
     return weights
 
 

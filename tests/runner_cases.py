@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from engine.kernels.api import KVLayout
+from engine.kernels.api import AttentionShape, KVLayout
 from engine.kernels.select import load_backend
 from engine.memory.window import HostWindow
 from engine.model import Model
@@ -52,7 +52,8 @@ def make_runner(
     page = spec.num_layers * 2 * 16 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     layout = KVLayout(spec.num_layers, 16, spec.num_kv_heads, spec.head_dim, dtype, PAGES_PER_SLAB, -(-page // 4096) * 4096)
     window = HostWindow(num_slabs, layout.slab_bytes)
-    attention = backend.attention(layout.view(window.tensor, num_slabs * PAGES_PER_SLAB))
+    shape = AttentionShape(spec.num_heads, 512, 64, spec.windows)
+    attention = backend.attention(layout.view(window.tensor, num_slabs * PAGES_PER_SLAB), shape)
     model = Model(spec, weights or random_weights(spec, dtype, seed=1), backend.ops, attention, dtype)
     return ModelRunner(model, layout, window, backend.device)
 

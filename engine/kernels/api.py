@@ -7,7 +7,7 @@ D head size, P pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -106,6 +106,16 @@ class BatchMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A device's own memory in bytes: `granule` divides every allocation, `slab_bytes` is a good size for slabs."""
+
+    total: int
+    used: int
+    granule: int
+    slab_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionShape:
     """What an attention must hold besides the KV: the model's query heads and windows, and the largest step."""
 
@@ -157,6 +167,32 @@ class RotaryAttention(Attention, Protocol):
         norm: QKNorm | None = None,
     ) -> torch.Tensor:
         """`run` on q, k that are neither normalised nor rotated yet; cos, sin are [T, D / 2]. May change q in place."""
+        ...
+
+
+class Pace(Protocol):
+    """Of one pass that may be parked: keeps the host from launching far ahead of the device."""
+
+    def layer_launched(self) -> None:
+        """Wait until the device is close behind."""
+        ...
+
+
+class Graphs(Protocol):
+    """Captured launches of whole layers, for steps whose rows have one token each."""
+
+    def prepare(self) -> None:
+        """Capture what there is to capture, while nobody waits. Writes KV of page 0."""
+        ...
+
+    def run(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, meta: BatchMeta, stop: Callable[[int], bool] | None
+    ) -> tuple[int, torch.Tensor, torch.Tensor] | None:
+        """A pass from the start: (layers done, hidden, residual), or None if this step must run layer by layer.
+
+        `stop` is asked before some of the layers; if it never says True all layers are done. The tensors, [T, hidden], are good
+        until the next call.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ needs no parameters at all (the likeliest token of each row) is done for the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,18 @@ class Sample:
     token: int | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
+
+
+class Outcomes(Protocol):
+    """The outcomes of a batch, perhaps still on their way."""
+
+    def collect(self) -> list[Sample]:
+        """One outcome per row. Waits for the device."""
+        ...
+
+
+Sampler = Callable[[torch.Tensor, Sequence[SampledRow]], Outcomes]
+"""What `sample` does: float32 logits [S, vocab] and their S rows to outcomes."""
 
 
 @dataclass(frozen=True, slots=True)

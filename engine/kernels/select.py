@@ -4,34 +4,84 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from engine.errors import InvalidConfig
-from engine.kernels.api import Attention, Ops
+from engine.kernels.api import Attention, AttentionShape, DeviceMemory, Graphs, Ops, Pace
 from engine.kernels.reference import TorchAttention, TorchOps
+from engine.kernels.sampling import Sampler, sample
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The kernels of one device. `attention` takes the KV as `KVLayout.view` gives it."""
+    """The kernels of one device. `attention` takes the KV as `KVLayout.view` gives it.
+
+    `own_memory`: weights and KV lie in memory of the device's own. `pace` is None where launching a layer is running it.
+    `graphs`, if any, takes the model, its attention and the most rows of a step. `trim` is called when weights are packed.
+    """
 
     name: str
     device: torch.device
     ops: Ops
-    attention: Callable[[torch.Tensor], Attention]
+    attention: Callable[[torch.Tensor, AttentionShape], Attention]
+    sample: Sampler = sample
+    own_memory: bool = False
+    pace: Callable[[], Pace] | None = None
+    graphs: Callable[[Any, Any, int], Graphs] | None = None
+    trim: Callable[[], None] = field(default=lambda: None)
 
 
 def load_backend(device: str = "auto") -> Backend:
     """The best kernels for `device` ("auto", "cpu" or "cuda"). Raises InvalidConfig, with the remedy, if it cannot serve."""
-    if device in ("auto", "cpu"):
-        return _cpu()
-    if device == "cuda":
-        raise InvalidConfig("device 'cuda' is not available in this version of Sluice: use --device cpu")
-    raise InvalidConfig(f"device must be auto, cpu or cuda, got {device!r}")
+    device = resolve_device(device)
+    return _cuda() if device == "cuda" else _cpu()
+
+
+def resolve_device(device: str) -> str:
+    """"cpu" or "cuda"; "auto" is a CUDA device if one can serve. Raises InvalidConfig for any other name."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidConfig(f"device must be auto, cpu or cuda, got {device!r}")
+    if device != "auto":
+        return device
+    from engine.kernels import cuda
+
+    return "cpu" if cuda.unavailable() else "cuda"
+
+
+def device_memory(device: str) -> DeviceMemory | None:
+    """What the device has now; None if it is the host's memory. Raises InvalidConfig if the device cannot serve."""
+    if resolve_device(device) == "cpu":
+        return None
+    from engine.kernels import cuda
+
+    return cuda.memory(cuda.device())
+
+
+def _cuda() -> Backend:
+    from engine.kernels import cuda
+
+    device = cuda.device()
+    from engine.kernels import triton_sampling
+    from engine.kernels.cuda_graphs import DecodeGraphs
+    from engine.kernels.triton_ops import TritonOps
+
+    cuda.keep_fused_arithmetic()
+    return Backend(
+        "cuda",
+        device,
+        TritonOps(),
+        cuda.make_attention,
+        sample=triton_sampling.sample,
+        own_memory=True,
+        pace=cuda.Pace,
+        graphs=DecodeGraphs,
+        trim=cuda.trim,
+    )
 
 
 def _cpu() -> Backend:
@@ -45,5 +95,5 @@ def _cpu() -> Backend:
             _log.info("no compiled CPU kernels (%s): several times slower", error)
         else:
             if cpu_loops.is_available():
-                return Backend("cpu", device, cpu.CpuOps(), cpu.make_attention)
-    return Backend("cpu-reference", device, TorchOps(), TorchAttention)
+                return Backend("cpu", device, cpu.CpuOps(), lambda kv, shape: cpu.make_attention(kv))
+    return Backend("cpu-reference", device, TorchOps(), lambda kv, shape: TorchAttention(kv))

@@ -106,6 +106,45 @@ class HostWindow:
         os.close(self._fd)
 
 
+class TensorWindow:
+    """A window that is one tensor on any device: all of its memory is there from the start, mapping is bookkeeping.
+
+    For a device that serves one model. Raises InvalidConfig if the device has no room.
+    """
+
+    def __init__(self, num_slabs: int, slab_bytes: int, device: torch.device) -> None:
+        self.num_slabs = num_slabs
+        self.slab_bytes = slab_bytes
+        self._mapped = bytearray(num_slabs)
+        try:
+            self._tensor: torch.Tensor | None = torch.zeros(num_slabs * slab_bytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            size = num_slabs * slab_bytes / 2**30
+            raise InvalidConfig(
+                f"no room for {size:.2f} GiB of KV on {device}: lower --gpu-memory-utilization or --kv-cache-memory"
+            ) from error
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        assert self._tensor is not None, "the window is closed"
+        return self._tensor
+
+    def is_mapped(self, slab: int) -> bool:
+        return bool(self._mapped[slab])
+
+    def map(self, slab: int) -> None:
+        assert 0 <= slab < self.num_slabs and not self._mapped[slab], f"slab {slab} cannot be mapped"
+        self._mapped[slab] = True
+
+    def unmap(self, slab: int) -> None:
+        assert 0 <= slab < self.num_slabs and self._mapped[slab], f"slab {slab} cannot be unmapped"
+        self._mapped[slab] = False
+
+    def close(self) -> None:
+        """Let go of the memory; it is free when the last view is."""
+        self._tensor = None
+
+
 def _make_file(size: int) -> int:
     try:
         fd = os.memfd_create("sluice-kv", os.MFD_CLOEXEC)

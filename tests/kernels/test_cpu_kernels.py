@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_cases import Case, fill_context, make_kv, naive_attention, tolerance
 
+from engine.kernels.api import AttentionShape
 from engine.kernels.reference import TorchAttention, TorchOps
 from engine.kernels.select import load_backend
 
@@ -151,4 +152,4 @@ def test_low_precision_takes_the_reference(dtype: torch.dtype) -> None:
     assert torch.equal(ops.add_rms_norm(x, residual, weight, 1e-5)[0], truth.add_rms_norm(x, residual, weight, 1e-5)[0])
     assert torch.equal(ops.silu_mul(x), truth.silu_mul(x))
     kv = make_kv(CASES[0], num_kv_heads=2, head_dim=8, dtype=dtype)
-    assert isinstance(load_backend("cpu").attention(kv), TorchAttention)
+    assert isinstance(load_backend("cpu").attention(kv, AttentionShape(2, 64, 8)), TorchAttention)
