@@ -22,6 +22,7 @@ from helpers import tiny_checkpoint
 
 from engine import Engine, SamplingParams, Tenant
 from engine.colocate import lending
+from engine.colocate.arbiter import State
 from engine.colocate.exclusive import SharingStats
 from engine.colocate.process import OfflineProcess
 from engine.generation import Generation
@@ -176,6 +177,12 @@ def sharing(engine: Engine) -> SharingStats:
 def worker_of(engine: Engine) -> OfflineProcess:
     assert engine._sharing is not None
     return engine._sharing._process
+
+
+def at_rest(engine: Engine) -> None:
+    """Wait until nothing is to be done and offline may run."""
+    eventually(lambda: not any(t.running or t.waiting for t in engine.stats().tenants.values()), "no request")
+    eventually(lambda: sharing(engine).state is State.OFFLINE, "thaw")
 
 
 def children() -> list[psutil.Process]:
