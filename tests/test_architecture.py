@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.model", "engine.weights", "engine.sched"),
     ("engine.forward", "engine.runner", "engine.fake"),
     ("engine.core", "engine.colocate.arbiter", "engine.colocate.control", "engine.colocate.gate"),
-    ("engine.build", "engine.loop", "engine.colocate", "engine.served", "engine.generation", "engine.engine"),
+    ("engine.build", "engine.loop", "engine.doctor", "engine.colocate", "engine.served", "engine.generation", "engine.engine"),
     ("engine",),  # the package's own __init__: the public names
     ("engine.replies", "engine.calls", "engine.openai", "engine.joblines", "engine.joblog", "engine.jobrun", "engine.batch"),
     ("server",),
@@ -55,6 +55,7 @@ ENGINE_AS_SEEN_BY_SERVER = frozenset(
     {
         "engine",
         "engine.calls",
+        "engine.colocate.exclusive",  # the type of its statistics
         "engine.config",
         "engine.engine",
         "engine.errors",
@@ -113,6 +114,7 @@ NO_TORCH = {
     "engine.engine": (),
     "server.cli": ("--help",),
     "engine.batch": ("--help",),
+    "engine.doctor": ("--help",),
 }
 HEAVY = ("torch", "numba", "triton", "transformers", "tokenizers")
 OPTIONAL = frozenset({"triton", "flashinfer", "cuda"})  # a module that needs one is skipped where it is not installed
