@@ -81,8 +81,13 @@ def resolve_model(name_or_path: str, *, progress: bool = True) -> Path:
     )
 
 
+def demo_folder(cache: Path) -> Path:
+    """Where the demo model lies in a cache folder, once it is made."""
+    return cache / _RECIPE / DEMO
+
+
 def _demo(cache: Path, progress: bool) -> Path:
-    folder = cache / _RECIPE / DEMO
+    folder = demo_folder(cache)
     if folder.is_dir():
         return folder
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 
@@ -84,3 +85,37 @@ class Pace:
         self._events.append(event)
         if len(self._events) > _LAYERS_AHEAD:
             self._events.popleft().synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """A CUDA device in words and numbers."""
+
+    name: str
+    capability: str
+    multiprocessors: int
+    cuda_runtime: str
+    memory: DeviceMemory
+
+
+def facts() -> DeviceFacts:
+    """Of the device that would serve; makes this process's CUDA context. Raises InvalidConfig if none can."""
+    chosen = device()
+    torch.zeros(1, device=chosen)
+    properties = torch.cuda.get_device_properties(chosen)
+    return DeviceFacts(
+        properties.name,
+        f"{properties.major}.{properties.minor}",
+        properties.multi_processor_count,
+        str(torch.version.cuda),
+        memory(chosen),
+    )
+
+
+def smoke_test() -> None:
+    """Compile and run one Triton kernel and compare it with torch. Raises whatever goes wrong."""
+    from engine.kernels.triton_ops import TritonOps
+
+    x = torch.randn(3, 256, device=device())
+    out = TritonOps().silu_mul(x)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x[:, :128]) * x[:, 128:])
