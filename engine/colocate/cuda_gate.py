@@ -218,7 +218,7 @@ class Agent:
         self._slabs = slabs
         self._settle = settle
         self._settled: int | None = None  # the generation for which `settle` was called
-        self._doubted = 0  # what FROZEN said when main was silent: the guard may have switched the channels on since
+        self._doubted = 0  # what FROZEN said when main was silent
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         control[Word.HELD] = 0  # whatever the worker before this one left there
@@ -276,11 +276,10 @@ class Agent:
 
     def _let_go(self, slabs: OfflineWindow) -> None:
         """At once if the channels are off, whoever switched them; else by the engine's thread when it comes by."""
-        channels = self._channels
-        if channels is not None and self._are_off(channels):
-            with _survived("remap while frozen"), channels.remapping():
-                # Again, now that they cannot come on: our watchdog waits for us, main takes its word back before it thaws.
-                if self._are_off(channels):
+        if self._channels is not None:
+            # Within this they cannot come on: our watchdog waits for us, and main takes its word back before it thaws.
+            with _survived("remap while frozen"), self._channels.remapping():
+                if self._are_off(self._channels):
                     slabs.let_go()
                     return
         generation = self._control[Word.GENERATION]
@@ -289,10 +288,10 @@ class Agent:
             self._settle()
 
     def _are_off(self, channels: ChannelGate) -> bool:
-        """Surely off. Main's word counts as long as the guard's lease, which is longer than main's, cannot have lapsed."""
+        """Surely off. Main's word counts unless it was silent since: the guard may have switched them on then."""
         frozen = self._control[Word.FROZEN]
         if frozen >= Freeze.HELD_BY_MAIN:
-            return frozen != self._doubted and self._control.main_is_alive()
+            return frozen != self._doubted
         return bool(self._control[Word.HELD]) and channels.is_frozen
 
 

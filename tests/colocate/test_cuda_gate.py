@@ -128,6 +128,12 @@ def test_the_agent_switches_the_channels_and_says_so(machine: Machine, stream: F
     assert len(calls) == 1 + 2 * 3, "one call when opening, then one a change"
 
 
+def test_a_new_worker_does_not_inherit_what_the_dead_one_said(stream: FakeStream, control: ControlPage) -> None:
+    control[Word.HELD] = 1
+    Agent(control, StreamBarrier(stream))
+    assert control[Word.HELD] == 0
+
+
 def test_waiting_for_an_agent_that_does_not_come_ends(control: ControlPage) -> None:
     gate = AgentGate(control)
     gate.freeze()

@@ -196,6 +196,30 @@ def test_main_thaws_when_the_remap_is_done(machine: Machine, control: ControlPag
     assert machine.num_off == 0 and not both.window.is_mapped(2)
 
 
+def test_the_watchdog_waits_for_a_remap_too(machine: Machine, control: ControlPage) -> None:
+    channels = machine.guard(control)
+    both = Colocated(machine, control, channels)
+    control.beat()
+    AgentGate(control).freeze()
+    both.agent.look()
+    machine.driver.clock.sleep(1.5 * LEASE_SECONDS)
+    both.take(2)
+    fake_unmap = both.driver.unmap
+
+    def slow_unmap(address: int, size: int) -> None:
+        fake_unmap(address, size)
+        machine.driver.clock.sleep(LEASE_SECONDS)  # the lease lapses in the middle
+        channels.check_lease()
+        both.kernel()
+
+    both.driver.unmap = slow_unmap  # type: ignore[method-assign]
+    both.agent.look()
+    assert machine.num_off == CHANNELS and not both.window.is_mapped(2)
+    channels.check_lease()
+    assert machine.num_off == 0
+    both.kernel()
+
+
 def test_main_does_not_wait_for_ever_for_a_remap(machine: Machine, control: ControlPage) -> None:
     channels = machine.guard(control)
     both = Colocated(machine, control, channels)
