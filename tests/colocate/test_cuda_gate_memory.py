@@ -11,7 +11,7 @@ from fake_cuda import CHANNELS, FakeStream, Machine, beating, silence
 from fake_vmm import GRAIN, FakeDevice, FakeVmm
 from processes import eventually
 
-from engine.colocate.control import ControlPage, Word
+from engine.colocate.control import LEASE_SECONDS, ControlPage, Word
 from engine.colocate.cuda_gate import Agent, AgentGate, DeviceSide, GrantedGate, StreamBarrier
 from engine.colocate.cuda_slabs import OfflineWindow, OnlineWindow
 from engine.colocate.gate import Freeze
