@@ -31,7 +31,7 @@ from engine.fake import FakeRunner, StepCost
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
 from engine.sched.plan import StepPlan, StepResult
-from engine.sched.policies import POLICIES
+from engine.sched.policies import POLICIES, make_policy
 from engine.sched.scheduler import Scheduler
 from engine.types import FinishReason, Request, SamplingParams, Submit, Tenant, TokenOut
 
@@ -82,7 +82,7 @@ def make_core(clock: ManualClock, args: argparse.Namespace, max_model_len: int) 
     kv = KVManager(PagePool(slabs, PAGES_PER_SLAB), PAGE_SIZE, prefix_caching=args.prefix_caching)
     scheduler = TimedScheduler(
         kv,
-        POLICIES[args.policy](),
+        make_policy(args.policy),
         clock,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -375,7 +375,7 @@ def parser() -> argparse.ArgumentParser:
         "--kv-tokens", type=int, default=4096, help="replay: KV memory in tokens for each place among the running"
     )
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--policy", choices=tuple(POLICIES), default="online-first")
+    parser.add_argument("--policy", choices=POLICIES, default="online-first")
     parser.add_argument("--step-ms", type=float, default=5.0, help="fixed cost of a fake step")
     parser.add_argument("--tokens-per-second", type=float, default=20_000.0, help="speed of the fake runner")
     parser.add_argument("--seed", type=int, default=0)

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,9 +146,7 @@ def load_model(
         path.name, backend.name, dtype, memory.num_slabs * layout.slab_bytes / 2**30, num_pages * config.page_size,
     )  # fmt: skip
     graphs = None if backend.graphs is None or config.enforce_eager else backend.graphs(model, attention, config.max_num_seqs)
-    runner = ModelRunner(
-        model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs
-    )
+    runner = ModelRunner(model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs)
     if backend.own_memory:
         _warm_up(runner, config, longest)
     return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, host_window)
@@ -195,9 +194,9 @@ def build_core(
 
 
 def step_time_file(config: EngineConfig, built: BuiltModel) -> Path:
-    """Where what was learned of step times is kept: one file per model, device and number format."""
-    name = "-".join([built.path.name, config.device, _dtype(config, built.spec), str(config.threads or os.cpu_count())])
-    return cache_dir() / "step-time" / f"{name}.json"
+    """Where what was learned of step times is kept: one file per model, device, number format and number of threads."""
+    facts = (built.spec, config.device, _dtype(config, built.spec), config.threads or os.cpu_count(), config.page_size)
+    return cache_dir() / "step-time" / f"{built.path.name}-{blake2b(repr(facts).encode(), digest_size=6).hexdigest()}.json"
 
 
 def max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:

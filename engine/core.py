@@ -52,18 +52,18 @@ class EngineCore:
         self.stalled = False
         plan = self.scheduler.schedule()
         if plan is not None:
-            return self._run(plan, lambda: self.runner.launch(plan, self._stop))
+            return self._run(plan, lambda: self.runner.launch(plan, self._stop), whole=True)
         parked = self.scheduler.take_parked()
         if parked is None:
             self.stalled = self.has_work
             return []
         checkpoint, dropped = parked
-        return self._run(checkpoint.plan, lambda: self.runner.resume(checkpoint, dropped, self._stop))
+        return self._run(checkpoint.plan, lambda: self.runner.resume(checkpoint, dropped, self._stop), whole=False)
 
     def _stop(self, layer: int) -> bool:
         return self.interrupted()
 
-    def _run(self, plan: StepPlan, start: Callable[[], object]) -> list[TokenOut]:
+    def _run(self, plan: StepPlan, start: Callable[[], object], *, whole: bool) -> list[TokenOut]:
         try:
             result = self.runner.collect(start())
         except Exception as error:
@@ -73,6 +73,8 @@ class EngineCore:
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
+        if whole:
+            self.scheduler.learn(plan, result.seconds)
         self.sync()
         return self.scheduler.update(plan, result)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from engine.build import BuiltModel, Memory, build_core, load_model
+from engine.build import BuiltModel, Memory, build_core, load_model, step_time_file
 from engine.config import EngineConfig
 from engine.errors import (
     ContextTooLong,
@@ -63,6 +63,7 @@ class Stats:
     kv_pages_free: int
     kv_pages_cached: int
     page_size: int
+    step_prediction_error: float  # mean of |predicted - measured| / measured over recent steps
     sharing: SharingStats | None = None  # with an offline model
 
 
@@ -108,6 +109,7 @@ class Engine:
         self.config = config = config if model is None else replace(config, model=model)
         if built is None:
             self._models = open_models(config, progress=progress)
+            config = self._models.online.config
             built = load_model(config, memory=self._models.memory, progress=progress)
         else:
             self._models = _only(built, config, tokenizer)
@@ -119,6 +121,7 @@ class Engine:
         self._draining = False
         self._dead: EngineDead | None = None
         offline = self._models.offline
+        self._step_time_file = step_time_file(config, built)
         self._core = build_core(config, built, slabs=None if offline is None else ())
         self._loop = EngineLoop(self._core, self._deliver, self._died)
         self._core.interrupted = self._loop.online_at_the_door
@@ -169,6 +172,8 @@ class Engine:
         self._loop.close()
         if self._sharing is not None:
             self._sharing.close()
+        with suppress(OSError):
+            self._core.scheduler.step_time.save(self._step_time_file)
         self._died(EngineDead("the engine was closed"))
 
     # -- what is served
@@ -310,7 +315,8 @@ class Engine:
         sharing = None if self._sharing is None else self._sharing.stats()
         if sharing is not None and sharing.worker is not None:
             tenants[Tenant.OFFLINE] = _stats_of(sharing.worker)
-        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, sharing)
+        error = scheduler.step_time.error
+        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, error, sharing)
 
     # -- inside: requests in
 

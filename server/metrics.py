@@ -147,6 +147,11 @@ class _EngineNumbers(Collector):
         online = names[Tenant.ONLINE], Tenant.ONLINE.value
         info.add_metric((*online, str(stats.page_size), str(stats.kv_pages)), 1)
         yield info
+        yield GaugeMetricFamily(
+            "sluice_step_prediction_error_ratio",
+            "Mean error of the predicted step time over recent steps",
+            value=stats.step_prediction_error,
+        )
         if stats.sharing is not None:
             yield from _sharing_metrics(stats.sharing)
 

@@ -7,6 +7,7 @@ thread; on the first SIGTERM or SIGINT new work is refused and what is in flight
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -137,6 +138,8 @@ class _Process:
 
     async def _serve(self, engine: Engine, stop: asyncio.Task[bool]) -> int:
         seconds = time.monotonic() - self.service.started
+        gc.collect()
+        gc.freeze()  # what was loaded stays; looking at it again and again would cost single steps tens of milliseconds
         log.info("ready after %.1f s: %s", seconds, ", ".join(card.id for card in engine.models))
         dead = asyncio.create_task(_death(engine))
         helpers = [

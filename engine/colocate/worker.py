@@ -7,6 +7,7 @@ step and wait again; and it keeps nothing durable, so it may be killed or frozen
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -148,6 +149,8 @@ class Worker:
             logger.exception("the model could not be loaded")
             ipc.send(self._sock, ipc.Failed(f"{type(error).__name__}: {error}", fatal=False))
             return 1
+        gc.collect()
+        gc.freeze()
         ipc.send(self._sock, ipc.Ready())
         self._serve(loop)
         return 0

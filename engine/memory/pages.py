@@ -33,7 +33,7 @@ class PagePool:
         self._free: list[list[int]] = [[] for _ in range(num_slabs)]
         self._open: list[int] = []  # heap of slabs that may have free pages; cleaned lazily
         self._in_open = bytearray(num_slabs)  # whether a slab is in the heap, so that it is there once
-        self._counts = dict.fromkeys(PageState, 0)
+        self._counts = [0] * len(PageState)  # pages by state
         self._counts[PageState.ABSENT] = size
         self._used = dict.fromkeys(Tenant, 0)
         self.num_shared = 0  # pages referenced more than once
@@ -69,7 +69,7 @@ class PagePool:
         return range(slab * self.pages_per_slab, (slab + 1) * self.pages_per_slab)
 
     def _move(self, page: int, state: PageState) -> None:
-        self._counts[PageState(self._state[page])] -= 1
+        self._counts[self._state[page]] -= 1
         self._counts[state] += 1
         self._state[page] = state
 
@@ -162,7 +162,7 @@ class PagePool:
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is whole. For tests and the idle engine."""
-        counts = dict.fromkeys(PageState, 0)
+        counts = [0] * len(PageState)
         used = dict.fromkeys(Tenant, 0)
         for page, value in enumerate(self._state):
             state = PageState(value)

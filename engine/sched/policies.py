@@ -16,10 +16,16 @@ from engine.types import Request, RequestState, Tenant
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Most tokens one step may compute: in all, and for the offline tenant."""
+    """Most tokens one step may compute: in all, and for the offline tenant.
+
+    Where online and offline share a step, offline rows are added only while the predicted time of the step stays within
+    `seconds`, or within `increase` (a share) of what it is without them.
+    """
 
     tokens: int
     offline: int
+    seconds: float | None = None
+    increase: float | None = None
 
 
 class Policy(Protocol):
@@ -57,6 +63,24 @@ class OnlineFirst:
             yield from _younger(view.running[request.tenant], request)
 
 
+class SharedStep(OnlineFirst):
+    """Offline rows ride in online steps as far as the latency target allows (ConServe section 2.1, HyGen's two phases).
+
+    Without online work it does what OnlineFirst does. `tpot` is the target for a step in seconds; without one, steps may take
+    `increase` (a share) longer than they would with their online rows alone.
+    """
+
+    def __init__(self, tpot: float | None = None, increase: float = 0.05) -> None:
+        self._tpot = tpot
+        self._increase = increase
+
+    def budget(self, view: View) -> Budget:
+        budget = super().budget(view)
+        if not view.unfinished(Tenant.ONLINE) or view.parked:
+            return budget
+        return Budget(view.max_tokens, view.max_tokens, self._tpot, None if self._tpot is not None else self._increase)
+
+
 class Fcfs:
     """First come, first served, blind to the tenant: the baseline every other policy is measured against."""
 
@@ -87,4 +111,11 @@ def _younger(running: Sequence[Request], request: Request) -> Iterator[Request]:
     return chain(reversed(after), (request,))
 
 
-POLICIES: dict[str, type[Policy]] = {"online-first": OnlineFirst, "fcfs": Fcfs}
+def make_policy(name: str, *, tpot: float | None = None, increase: float = 0.05) -> Policy:
+    """The policy by the name its flag uses; the targets matter to "shared-step" alone."""
+    if name == "shared-step":
+        return SharedStep(tpot, increase)
+    return Fcfs() if name == "fcfs" else OnlineFirst()
+
+
+POLICIES = ("online-first", "shared-step", "fcfs")

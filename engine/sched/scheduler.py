@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from engine.clock import Clock
 from engine.memory.manager import KVManager
+from engine.sched.latency import Load, StepTime
 from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResult
 from engine.sched.policies import Budget, Policy
 from engine.sched.predictor import OutputLengths, peak_tokens
@@ -36,14 +37,41 @@ class TenantCounters:
 class _Step:
     """The budgets and rows of the step being built. Lives for one `schedule` call."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, step_time: StepTime) -> None:
         self.left = budget.tokens
         self.left_offline = min(budget.offline, budget.tokens)
         self.rows: list[PlanRow] = []
         self.placed: set[str] = set()
+        self._budget = budget
+        self._step_time = step_time
+        self._load = Load()
+        self._seconds: float | None = None  # what the step may take, known once its online rows are
 
-    def room(self, tenant: Tenant) -> int:
-        return self.left_offline if tenant is Tenant.OFFLINE else self.left
+    def room(self, request: Request) -> int:
+        """Tokens of this request that may be computed: it wants num_pending."""
+        if request.tenant is Tenant.ONLINE:
+            return self.left
+        wanted = min(self.left_offline, len(request.tokens) - request.num_computed)
+        shared = self._load.tokens and (self._budget.seconds is not None or self._budget.increase is not None)
+        return self._that_fit(request.num_computed, wanted) if shared and wanted > 0 else wanted
+
+    def _that_fit(self, start: int, wanted: int) -> int:
+        """The most tokens from `start` on that keep the step within its time; none while the model knows too little."""
+        if not self._step_time.ready:
+            return 0
+        if self._seconds is None:
+            alone = self._step_time.predict(self._load)
+            self._seconds = (
+                self._budget.seconds if self._budget.seconds is not None else alone * (1 + (self._budget.increase or 0))
+            )
+        low, high = 0, wanted
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._step_time.predict(self._load.plus(start, middle)) <= self._seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def add(self, row: PlanRow) -> None:
         self.left -= row.count
@@ -51,6 +79,8 @@ class _Step:
             self.left_offline -= row.count
         if self.left_offline > self.left:
             self.left_offline = self.left
+        if self._budget.seconds is not None or self._budget.increase is not None:
+            self._load = self._load.plus(row.start, row.count)
         self.rows.append(row)
         self.placed.add(row.request_id)
 
@@ -77,6 +107,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
+        step_time: StepTime | None = None,
     ) -> None:
         self.kv = kv
         self.policy = policy
@@ -85,6 +116,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
+        self.step_time = step_time or StepTime()
         self.counters = {tenant: TenantCounters() for tenant in Tenant}
         self._requests: dict[str, Request] = {}
         self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
@@ -94,6 +126,7 @@ class Scheduler:
         self._lost: dict[str, int] = {}  # computed tokens a preempted request had, until it is admitted again
         self._parked: _Parked | None = None
         self._step = 0
+        self._most_tokens = 0  # KV that the running requests hold if all run to their bounds, a wasted page each included
 
     # -- requests come and go
 
@@ -143,10 +176,10 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run."""
         view = self._view()
-        step = _Step(self.policy.budget(view))
+        step = _Step(self.policy.budget(view), self.step_time)
         if step.left:
             for request in self.policy.order(view):
-                if step.room(request.tenant) > 0:
+                if step.room(request) > 0:
                     self._place(request, step, view)
                 if not step.left:
                     break
@@ -163,7 +196,9 @@ class Scheduler:
         if request.state is RequestState.WAITING and not self._admit(request, step, view):
             return
         start, known = request.num_computed, len(request.tokens)
-        end = min(known, start + step.room(request.tenant))
+        end = min(known, start + step.room(request))
+        if end == start:
+            return  # admitted with a cached prefix that leaves it too long a rest for this step
         if end > len(request.pages) * self.kv.page_size and not self._grow(request, end, step, view):
             return
         params = request.params
@@ -210,6 +245,7 @@ class Scheduler:
         request.num_computed = num_cached
         self._waiting[request.tenant].remove(request)
         self._running[request.tenant].append(request)
+        self._most_tokens += request.max_len + self.kv.page_size
         lost = self._lost.pop(request.id, 0)
         self.counters[request.tenant].recomputed_tokens += max(0, lost - num_cached)
         if request.started is None:
@@ -218,11 +254,13 @@ class Scheduler:
 
     def _peak_fits(self, request: Request, prefix: list[int], yielding: frozenset[Request]) -> bool:
         """Whether everyone who would not give way to the request can run to the predicted end beside it."""
+        pool, page = self.kv.pool, self.kv.page_size
+        if self._most_tokens + request.max_len + page <= pool.num_pages * page:
+            return True  # even if all of them ran to their bounds
         running = [other for requests in self._running.values() for other in requests]
         others = [other for other in running if other not in yielding]
         if not others:
             return True
-        pool, page = self.kv.pool, self.kv.page_size
         # Requests are counted as if they shared nothing; what they do share now is taken off again.
         shared = sum(len(other.pages) for other in running) - pool.num_used() + sum(pool.refs(p) > 0 for p in prefix)
         sizes = [(len(r.tokens) + page, self._lengths.remaining(r)) for r in (*others, request)]
@@ -245,11 +283,17 @@ class Scheduler:
         self._lost[request.id] = max(request.num_computed, self._lost.get(request.id, 0))
         self.kv.release(request)
         request.num_computed = 0
+        if request.id in self._prompt_logprobs:
+            self._prompt_logprobs[request.id] = [None]  # they are computed again as well
         request.num_preemptions += 1
         request.state = RequestState.WAITING
-        self._running[request.tenant].remove(request)
+        self._stop_running(request)
         self._waiting[request.tenant].push(request)
         self.counters[request.tenant].preemptions += 1
+
+    def _stop_running(self, request: Request) -> None:
+        self._running[request.tenant].remove(request)
+        self._most_tokens -= request.max_len + self.kv.page_size
 
     def lose_slab(self, slab: int) -> list[Request]:
         """A slab was taken: the requests with pages in it wait again, everyone else goes on."""
@@ -305,6 +349,10 @@ class Scheduler:
                 outs.append(out)
         return outs
 
+    def learn(self, plan: StepPlan, seconds: float) -> None:
+        """A plan ran from its first layer to its last in so many seconds."""
+        self.step_time.observe(Load.of(plan.rows), seconds)
+
     def fail(self, plan: StepPlan, error: str) -> list[TokenOut]:
         """The step could not run: its requests end with an error."""
         requests = [self._requests[row.request_id] for row in plan.rows if row.request_id in self._requests]
@@ -354,7 +402,7 @@ class Scheduler:
         self._leave_parked(request)
         self.kv.release(request)
         if request.state is RequestState.RUNNING:
-            self._running[request.tenant].remove(request)
+            self._stop_running(request)
         self._waiting[request.tenant].forget(request)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
@@ -393,6 +441,7 @@ class Scheduler:
         self.kv.check()
         running = [request for requests in self._running.values() for request in requests]
         assert all(request.state is RequestState.RUNNING and request.pages for request in running)
+        assert self._most_tokens == sum(request.max_len + self.kv.page_size for request in running)
         assert len(running) + sum(map(len, self._waiting.values())) == len(self._requests)
         assert {request.id for request in self.kv.holders()} == {request.id for request in running}
         for request in running:

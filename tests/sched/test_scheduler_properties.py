@@ -12,7 +12,7 @@ from engine.core import EngineCore
 from engine.fake import FakeRunner, expected_tokens
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
-from engine.sched.policies import POLICIES
+from engine.sched.policies import POLICIES, make_policy
 from engine.sched.scheduler import Scheduler
 from engine.types import FinishReason, SamplingParams, Submit, Tenant
 
@@ -38,7 +38,7 @@ class Life(RuleBasedStateMachine):
         self.longest = (slabs - 2) * 3 * PAGE  # one slab may be away and the request must still fit
         kv = KVManager(self.pool, PAGE, prefix_caching=caching, protected=protected)
         self.scheduler = Scheduler(
-            kv, POLICIES[policy](), clock, max_num_seqs=seqs, max_num_batched_tokens=batch, max_model_len=self.longest
+            kv, make_policy(policy), clock, max_num_seqs=seqs, max_num_batched_tokens=batch, max_model_len=self.longest
         )
         self.stop_at: int | None = None
         self.core = EngineCore(self.scheduler, self.runner)
