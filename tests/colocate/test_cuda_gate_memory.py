@@ -202,6 +202,7 @@ def test_the_watchdog_waits_for_a_remap_too(machine: Machine, control: ControlPa
     control.beat()
     AgentGate(control).freeze()
     both.agent.look()
+    channels.check_lease()  # sees the heartbeat, the last for now
     machine.driver.clock.sleep(1.5 * LEASE_SECONDS)
     both.take(2)
     fake_unmap = both.driver.unmap
