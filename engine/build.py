@@ -147,16 +147,15 @@ def load_model(
     )  # fmt: skip
     graphs = None if backend.graphs is None or config.enforce_eager else backend.graphs(model, attention, config.max_num_seqs)
     runner = ModelRunner(model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs)
-    if backend.own_memory:
-        _warm_up(runner, config, longest)
+    # A device's memory must do for the largest step; a processor only has kernels to load.
+    _warm_up(runner, config, min(longest, config.max_num_batched_tokens if backend.own_memory else 32))
     return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, host_window)
 
 
-def _warm_up(runner: Runner, config: EngineConfig, longest: int) -> None:
-    """Run the largest step there can be and a sampling one before anybody waits: kernels compile, and memory that is too
-    little shows now. Whatever it writes lies in pages that nobody owns yet."""
+def _warm_up(runner: Runner, config: EngineConfig, count: int) -> None:
+    """Run a step of `count` tokens and a sampling one before anybody waits: kernels compile, and memory that is too little
+    shows now. Whatever it writes lies in pages that nobody owns yet."""
     drawn = SamplingParams(temperature=1.0, top_p=0.9, top_k=40, presence_penalty=0.5)
-    count = min(config.max_num_batched_tokens, longest)
     pages = tuple(range(-(-count // config.page_size)))
     for tokens, params in ((count, SamplingParams(temperature=0.0)), (1, drawn)):
         row = PlanRow("warm-up", Tenant.ONLINE, (0,) * tokens, tokens, 0, tokens, pages, True, params, 0.5)
