@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
+
 from engine.colocate.control import LEASE_SECONDS, ControlPage, Word
 from engine.colocate.cuda_slabs import OfflineWindow
 from engine.colocate.gate import Freeze
@@ -307,6 +309,22 @@ class Device(Protocol):
         ...
 
     def synchronize(self) -> None: ...
+
+
+class CudaDevice:
+    """`Device` by torch, on the current device."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.zeros(1 << 22, device="cuda")
+
+    def stream(self) -> int:
+        return torch.cuda.current_stream().cuda_stream
+
+    def work(self) -> None:
+        self._scratch.add_(1.0)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
 
 class DeviceSide:

@@ -277,7 +277,10 @@ class _DeviceRange:
 
 def _device_bytes(address: int, size: int) -> torch.Tensor:
     """The range as a tensor, on the device that the driver says the address belongs to."""
-    return torch.as_tensor(_DeviceRange(address, size), device="cuda")
+    tensor = torch.as_tensor(_DeviceRange(address, size))
+    if tensor.data_ptr() != address:
+        raise VmmFailed("torch copied the KV window instead of viewing it: use another version of torch")
+    return tensor
 
 
 class CudaVmm:

@@ -235,6 +235,12 @@ def test_the_tensor_is_made_once_over_the_whole_range(driver: FakeVmm) -> None:
     assert asked == [(window.address(0), SLABS * SLAB)]
 
 
+def test_a_copy_is_not_taken_for_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "as_tensor", lambda _: torch.zeros(8, dtype=torch.uint8))
+    with pytest.raises(VmmFailed, match="copied"):
+        cuda_vmm._device_bytes(0x7F0000000000, 8)
+
+
 def test_torch_is_told_of_bytes_in_place() -> None:
     told = cuda_vmm._DeviceRange(0x7F0000000000, 123).__cuda_array_interface__
     assert told == {"shape": (123,), "typestr": "|u1", "strides": None, "data": (0x7F0000000000, False), "version": 3}
