@@ -31,10 +31,10 @@ _MAX_FDS = 128  # in one message; the kernel allows 253
 class VmmError(SluiceError):
     """A virtual memory call of the driver failed; the subclass says what to do.
 
-        VmmError
-        ├── VmmUnavailable   no such windows here: use another device, driver or installation
-        ├── NoDeviceMemory   ask for less
-        └── VmmFailed        this process's device memory is in doubt: restart the process
+    VmmError
+    ├── VmmUnavailable   no such windows here: use another device, driver or installation
+    ├── NoDeviceMemory   ask for less
+    └── VmmFailed        this process's device memory is in doubt: restart the process
     """
 
 
