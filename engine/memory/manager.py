@@ -160,11 +160,14 @@ class KVManager:
     def _ensure(self, num_pages: int, request: Request) -> bool:
         """Whether that many pages are available to the request's tenant, after asking the lender if need be."""
         short = num_pages - self.available(request.tenant)
-        lender = self.lender if request.tenant is Tenant.ONLINE else None
-        if lender is not None and 0 < short <= lender.lendable():  # nobody is robbed for what would not be enough
-            lender.lend(short, request)
-            short = num_pages - self.available(request.tenant)
-        return short <= 0
+        if short <= 0:
+            return True
+        # Offline work of this model waits for its turn; but who is alone here waits for nobody who could make room.
+        entitled = request.tenant is Tenant.ONLINE or self._holders.keys() <= {request.id}
+        if self.lender is None or not entitled or short > self.lender.lendable():
+            return False  # nobody is robbed for what would not be enough
+        self.lender.lend(short, request)
+        return num_pages <= self.available(request.tenant)
 
     def _take(self, count: int, tenant: Tenant) -> list[int]:
         while self.pool.num_free < count:

@@ -104,13 +104,14 @@ class KVLife(RuleBasedStateMachine):
     def lent(self) -> set[int]:
         return set() if self.lender is None else set(self.lender.slabs)
 
-    def settle(self, tenant: Tenant, idle: int, lent: set[int], fits: bool, need: int, available: int) -> None:
+    def settle(self, who: Request, idle: int, lent: set[int], fits: bool, need: int, available: int) -> None:
         """What any allocation must respect."""
         self.here |= lent - self.lent()
-        if tenant is OFFLINE:
-            assert self.lent() == lent, "only online borrows"
+        borrows = who.tenant is ONLINE or self.live.keys() <= {who.id}
+        assert borrows or self.lent() == lent, "only online borrows, and who is alone here"
+        if who.tenant is OFFLINE:
             assert self.online_idle() >= min(idle, self.kv.protected), "a job never flushes protected prefixes"
-        could = available + (len(lent) * self.kv.pool.pages_per_slab if tenant is ONLINE else 0)
+        could = available + (len(lent) * self.kv.pool.pages_per_slab if borrows else 0)
         assert fits == (need <= could), "it fits exactly if there are as many pages to be had"
         assert fits or self.lent() == lent, "nothing is borrowed in vain"
 
@@ -139,7 +140,7 @@ class KVLife(RuleBasedStateMachine):
             self.write(new, len(prefix) * PAGE)
         else:
             assert not new.pages
-        self.settle(tenant, idle, lent, fits, need, available)
+        self.settle(new, idle, lent, fits, need, available)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5))
@@ -155,7 +156,7 @@ class KVLife(RuleBasedStateMachine):
             self.write(old, start)
         else:
             assert old.pages == pages
-        self.settle(old.tenant, idle, lent, fits, need, available)
+        self.settle(old, idle, lent, fits, need, available)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
