@@ -48,6 +48,7 @@ from nvdriver.errors import NvDriverError
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 100e-6
+_AGAIN_SECONDS = 0.25
 _SWITCH_SECONDS = 200e-6  # longest another Python thread keeps the agent waiting; the default is 5 ms
 _GUARD_LEASE_SECONDS = 2 * LEASE_SECONDS  # a main process that only stalled hears of it from its own gate first
 _REMAP_LIMIT_SECONDS = 0.5
@@ -221,6 +222,8 @@ class Agent:
         self._settle = settle
         self._settled: int | None = None  # the generation for which `settle` was called
         self._doubted = 0  # what FROZEN said when main was silent
+        self._refused: bool | None = None  # what the driver would not do with the channels
+        self._again = 0.0  # when to ask it again
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         control[Word.HELD] = 0  # whatever the worker before this one left there
@@ -262,19 +265,24 @@ class Agent:
                 time.sleep(LEASE_SECONDS / 10)
 
     def _hold(self, wanted: bool) -> None:
-        """Switch the channels as wanted. HELD is said last and taken back first."""
+        """Switch the channels as wanted. HELD is said last and taken back first; a refused call is repeated now and then."""
         channels, control = self._channels, self._control
-        if channels is None:
+        if channels is None or (wanted is self._refused and time.monotonic() < self._again):  # noqa: TID251 - pacing only
             return
+        self._refused, self._again = wanted, time.monotonic() + _AGAIN_SECONDS  # noqa: TID251
         if wanted and not (control[Word.HELD] and channels.is_frozen):
             control[Word.HELD] = 0
             with _survived("switch the channels off; the worker stops at its next layer"):
                 channels.freeze()
                 control[Word.HELD] = 1
+                self._refused = None
         elif not wanted and (control[Word.HELD] or channels.state in (State.FROZEN, State.UNSURE)):
             control[Word.HELD] = 0
             with _survived("switch the channels on; the watchdog goes on trying"):
                 channels.thaw()
+                self._refused = None
+        else:
+            self._refused = None
 
     def _let_go(self, slabs: OfflineWindow) -> None:
         """At once if the channels are off, whoever switched them; else by the engine's thread when it comes by."""
