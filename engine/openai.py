@@ -16,7 +16,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine import replies
+import engine.replies as replies
 from engine.calls import CHAT, COMPLETIONS, Call, decode, parse, unsupported
 from engine.errors import (
     ContextTooLong,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import forward
+import engine.forward as forward
 from engine.clock import Clock, MonotonicClock
 from engine.kernels.api import Graphs, KVLayout, Pace
 from engine.kernels.sampling import Outcomes, Sample, Sampler, sample, token_logprobs
@@ -144,9 +144,7 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, residual)
         return _InFlight(plan, self._clock.now() - started, None, sampled, prompt_logprobs)
 
-    def _sample(
-        self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> Outcomes | None:
+    def _sample(self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor) -> Outcomes | None:
         if not batch.sampled:
             return None
         logits = self._model.logits(hidden, residual, batch.sample_rows)
