@@ -9,7 +9,6 @@ import pytest
 
 from engine import batch
 from server import cli
-from server.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("nvdriver/*.md")])
@@ -55,10 +54,9 @@ def test_flags_exist(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_metrics_exist(document: Path) -> None:
     source = (ROOT / "server/metrics.py").read_text(encoding="utf-8")
-    exported = {family.name for family in Metrics().registry.collect()}
     for name in re.findall(r"\bsluice_\w+", document.read_text(encoding="utf-8")):
-        plain = name.removesuffix("_total")
-        assert plain in exported or f'"{plain.removeprefix("sluice_")}"' in source, name
+        plain = name.removesuffix("_total").removeprefix("sluice_")
+        assert f'"{plain}"' in source or f'"sluice_{plain}"' in source, name
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
