@@ -12,7 +12,7 @@ from engine.build import Memory, max_model_len, pages_in, plan_memory
 from engine.config import EngineConfig
 from engine.demo import DEMO_NAMES, resolve_model
 from engine.errors import InvalidCheckpoint, InvalidConfig
-from engine.memory.reserve import kept_slabs
+from engine.memory.reserve import kept_slabs, make_reserve
 from engine.spec import ModelSpec, load_spec
 from engine.types import ModelCard, Tenant
 
@@ -63,9 +63,14 @@ def open_models(config: EngineConfig, *, progress: bool) -> ServedModels:
     spec = load_spec(path)
     other = _offline_checkpoint(config, progress)
     memory = plan_memory(config, [spec] if other is None else [spec, other[1]])
-    online = serve(config, path, spec, memory, names=_names(config.model, config.served_model_name))
+    names = _names(config.model, config.served_model_name)
     if other is None:
-        return ServedModels(online, None, memory)
+        return ServedModels(serve(config, path, spec, memory, names=names), None, memory)
+    share = make_reserve(config.reserve, memory.num_slabs).fixed_share
+    if share is not None:  # memory that online can never have must not be promised to a request
+        pages = pages_in(config, spec, replace(memory, num_slabs=share))
+        config = replace(config, max_model_len=max_model_len(config, spec, pages))
+    online = serve(config, path, spec, memory, names=names)
     return ServedModels(online, _serve_offline(config, online, *other, memory), memory)
 
 

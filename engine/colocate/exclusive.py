@@ -314,6 +314,8 @@ class ExclusiveSharing:
     def close(self) -> None:
         """End the worker, whatever state it is in. The online engine has ended: nothing here is asked for slabs any more."""
         with self._wake:
+            if self._closing:
+                return  # descriptors closed a second time may be somebody else's by now
             self._closing = True
             self._wake.notify()
         self._ticker.join()
