@@ -73,7 +73,7 @@ def test_two_engines_at_once(engines: dict[str, Engine], models: Models) -> None
 def test_frozen_and_robbed(engines: dict[str, Engine], models: Models, gate: str) -> None:
     engine = engines[gate]
     before = sharing(engine)
-    fire = Fire(engine, models, seed=1, seconds=stress_seconds(6))
+    fire = Fire(engine, models, seed=1, seconds=stress_seconds(5))
     fire.run()
 
     check(engine)
@@ -88,7 +88,7 @@ def test_frozen_and_robbed(engines: dict[str, Engine], models: Models, gate: str
 def test_killed_and_paused_as_well(engines: dict[str, Engine], models: Models) -> None:
     engine = engines["process"]
     before = sharing(engine)
-    fire = Fire(engine, models, seed=2, seconds=stress_seconds(10))
+    fire = Fire(engine, models, seed=2, seconds=stress_seconds(8))
     fire.run(kills=True, pauses=True)
 
     check(engine)
