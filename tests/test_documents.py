@@ -43,7 +43,7 @@ def test_flags_exist(document: Path) -> None:
         for flag in action.option_strings
     }
     known |= {
-        flag for path in (ROOT / "bench").glob("*.py") for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))
+        flag for path in (ROOT / "bench").rglob("*.py") for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))
     }
     text = document.read_text(encoding="utf-8")
     code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
