@@ -69,7 +69,7 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
 
     device = device_memory(config.device)
     if device is not None and len(specs) > 1:
-        raise InvalidConfig("two models cannot share one GPU in this version: serve one model, for both tenants")
+        raise InvalidConfig("two models cannot share a GPU yet: serve one model, for both tenants, or use --device cpu")
     pages = [_page_bytes(config, spec) for spec in specs]
     granularity, least = (_HOST_PAGE, config.slab_size) if device is None else (device.granule, device.slab_bytes)
     slab_bytes = fit_slab(pages, granularity=granularity, slab_bytes=max(least, config.slab_size))
@@ -145,7 +145,9 @@ def load_model(
         "%s on %s in %s: KV memory %.2f GiB, %d tokens",
         path.name, backend.name, dtype, memory.num_slabs * layout.slab_bytes / 2**30, num_pages * config.page_size,
     )  # fmt: skip
-    graphs = None if backend.graphs is None or config.enforce_eager else backend.graphs(model, attention, config.max_num_seqs)
+    graphs = None
+    if backend.graphs is not None and not config.enforce_eager:
+        graphs = backend.graphs(model, attention, min(config.max_num_seqs, config.max_num_batched_tokens))
     runner = ModelRunner(model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs)
     # A device's memory must do for the largest step; a processor only has kernels to load.
     _warm_up(runner, config, min(longest, config.max_num_batched_tokens if backend.own_memory else 32))

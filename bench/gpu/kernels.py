@@ -160,7 +160,8 @@ def elementwise(bench: Bench) -> None:
     weight = torch.randn(hidden, device=bench.device).to(dtype)
     gate_up = torch.randn(tokens, 2 * wide, device=bench.device).to(dtype)
     q, k = (torch.randn(tokens, heads, DIM, device=bench.device).to(dtype) for heads in (HEADS, KV_HEADS))
-    cos, sin = (torch.randn(tokens, DIM // 2, device=bench.device) for _ in range(2))
+    angles = torch.randn(tokens, DIM // 2, device=bench.device)
+    cos, sin = angles.cos(), angles.sin()
     item = x.element_size()
     works = {
         "add_rms_norm": (lambda o: o.add_rms_norm(x, residual, weight, 1e-5), 4 * x.numel() * item),
