@@ -57,7 +57,7 @@ def test_streamed_text_is_the_decoded_text(ids: list[int], prompt: list[int], sk
     assert "".join(streamed(BYTE_LEVEL, ids, prompt, skip_special=skip)) == BYTE_LEVEL.decode(ids, skip)
 
 
-@given(texts)
+@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁")))  # which stands for a space
 def test_streamed_sentencepiece_is_the_decoded_text(text: str) -> None:
     ids = SENTENCEPIECE.encode(text)
     assert "".join(streamed(SENTENCEPIECE, ids)) == SENTENCEPIECE.decode(ids) == text
