@@ -23,9 +23,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(STAMP) ## about half an hour on an otherwise idle machine; bench/README.md says how to read it
 	$(BIN)/python -m bench.scheduler
 	$(BIN)/python -m bench.engine
+	$(BIN)/python -m bench.colocation
 
 install: $(STAMP)
 
