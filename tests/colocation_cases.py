@@ -291,9 +291,10 @@ class Fire:
     def _kill(self, draw: random.Random) -> None:
         """Mostly at work, sometimes while it loads."""
         process = worker_of(self._engine)
-        while draw.random() < 0.9 and not process.ready and time.monotonic() < self._until:
+        patient = draw.random() < 0.8
+        while patient and not process.ready and time.monotonic() < self._until:
             self._wait(0.01)
-        self._wait(draw.uniform(0.0, 3.0))
+        self._wait(draw.uniform(0.0, 2.0))
         if process._child is not None and time.monotonic() < self._until:
             process._child.kill()
             self.events["kill"] += 1

@@ -13,11 +13,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPResponse
 from pathlib import Path
 
 import psutil
 import pytest
-from colocation_cases import PATIENCE, Models, ask_all, children, colocated, eventually, sharing, two_models, worker_of
+from colocation_cases import PATIENCE, Models, ask_all, children, colocated, eventually, sharing, two_models, worker_of, workers
 
 from engine import SamplingParams, Tenant
 from engine.errors import ContextTooLong, EngineDead, InvalidRequest, RequestFailed, UnknownModel
@@ -70,9 +72,9 @@ def test_a_worker_killed_at_each_start(models: Models) -> None:
 
     def kill() -> None:
         while not over.wait(0.01):
-            for child in psutil.Process().children():
-                if "engine.colocate.worker" in " ".join(child.cmdline() if child.is_running() else ()):
-                    child.kill()
+            for worker in workers():
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
     with ThreadPoolExecutor() as pool:
         killer = pool.submit(kill)
@@ -209,7 +211,7 @@ def test_close_while_frozen(models: Models) -> None:
 
 def test_interrupted_while_the_worker_loads(models: Models) -> None:
     def interrupt() -> None:
-        eventually(lambda: any("worker" in " ".join(child.cmdline()) for child in psutil.Process().children()), "a worker")
+        eventually(workers, "a worker")
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -259,18 +261,22 @@ class ServerProcess:
         assert text == self._models.answers[tenant][index].texts[0]
 
     def complete(self, model: Path, prompt: list[int], max_tokens: int | None) -> str:
-        body = {"model": model.name, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        with self.post(model=model.name, prompt=prompt, max_tokens=max_tokens) as response:
             text: str = json.load(response)["choices"][0]["text"]
         return text
+
+    def post(self, **body: object) -> HTTPResponse:
+        data = json.dumps({"temperature": 0, "ignore_eos": True} | body).encode()
+        request = urllib.request.Request(self.url + "/v1/completions", data, {"Content-Type": "application/json"})
+        response: HTTPResponse = urllib.request.urlopen(request, timeout=PATIENCE)
+        return response
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def worker(self) -> psutil.Process:
-        return next(child for child in self.family() if "engine.colocate.worker" in child.cmdline())
+        (worker,) = workers(self.process.pid)
+        return worker
 
     def close(self) -> None:
         self.process.kill()
@@ -308,10 +314,10 @@ def test_servers_that_are_stopped_told_to_end_and_killed(servers: list[ServerPro
 
         # Told to end while online has frozen offline: what online was promised it gets.
         offline = pool.submit(first.complete, models.offline, [1], 400)
-        online = pool.submit(first.complete, models.online, [1], 400)
-        eventually(lambda: first.worker().status() == psutil.STATUS_STOPPED or online.done(), "a preemption")
-        first.process.terminate()
-        online.result(PATIENCE)
+        with first.post(model=models.online.name, prompt=[1], max_tokens=400, stream=True) as online:
+            assert online.readline().startswith(b"data: ")
+            first.process.terminate()
+            assert online.read().endswith(b"data: [DONE]\n\n")
         offline.exception(PATIENCE)
         assert first.process.wait(PATIENCE) == 0
 
