@@ -43,6 +43,7 @@ from bench.colocate.workload import (
     length_factors,
     overload,
     plan,
+    renewed,
     scale_lengths,
 )
 from bench.contender import await_quiet
@@ -73,6 +74,7 @@ class Session:
     runs: list[Run] = field(default_factory=list)
     probes: dict[str, Probe | None] = field(default_factory=dict)
     flags: dict[str, list[str]] = field(default_factory=dict)
+    disturbed: int = 0  # windows in which others used the machine
 
     # -- servers
 
@@ -178,10 +180,22 @@ class Session:
         for number, window in enumerate(self.windows(seconds, rounds)):
             first = number * 2 % len(arms)
             for arm in (*arms[first:], *arms[:first]):
-                await asyncio.to_thread(await_quiet, self.args.quiet, self.args.patience)
-                run = await measure(servers[arm.server], arm, number, window, seconds, load)
+                run = await self._undisturbed(servers[arm.server], arm, number, window, seconds, load)
                 self.runs.append(run)
                 say(_line(run))
+
+    async def _undisturbed(
+        self, server: Server, arm: Arm, number: int, window: Sequence[Planned], seconds: float, load: Load
+    ) -> Run:
+        """A window in which others left the machine alone, or the last one tried. What it measured plays no part in that."""
+        for _ in range(1 + self.args.retries):
+            await asyncio.to_thread(await_quiet, self.args.quiet, self.args.patience)
+            run = await measure(server, arm, number, window, seconds, load)
+            if run.cores["others"] < self.args.quiet:
+                break
+            self.disturbed += 1
+            window = [renewed(planned) for planned in window]
+        return run
 
     # -- what it came to
 
@@ -201,7 +215,8 @@ class Session:
                 "overload": report.overloaded,
             }[name](results)
             lines += [*made, ""]
-        return [*lines, "## Whether to believe it", "", *report.quality(results)]
+        disturbed = f"Windows disturbed by others: {self.disturbed}, each measured again at most {self.args.retries} times."
+        return [*lines, "## Whether to believe it", "", *report.quality(results), disturbed]
 
     def about(self) -> dict[str, Any]:
         """What was measured, where, with which versions."""
@@ -309,6 +324,7 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("measuring")
     group.add_argument("--quiet", type=float, default=0.2, help="wait while others use this many cores or more ...")
     group.add_argument("--patience", type=float, default=10.0, help="... but not longer than this, in seconds, each time")
+    group.add_argument("--retries", type=int, default=1, help="measure a window again if others used the machine meanwhile")
     group.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON, tables and picture")
     return parser
 
@@ -359,7 +375,7 @@ def quick(args: argparse.Namespace) -> None:
     """Settings of a run that takes about a minute and measures nothing well."""
     args.tables = [table for table in args.tables if table in TABLES[:3]] or args.tables
     args.arms = args.arms or list(QUICK)
-    args.minutes, args.tight_minutes, args.rounds, args.warm, args.patience = 0.15, 0.15, 1, 1.5, 0.0
+    args.minutes, args.tight_minutes, args.rounds, args.warm, args.patience, args.retries = 0.15, 0.15, 1, 1.5, 0.0, 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -370,6 +386,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             session = make_session(args, Path(logs))
             asyncio.run(run(session))
+        except KeyboardInterrupt:
+            say("interrupted: what follows is what was measured until then")
         except (ServerError, SluiceError, TraceError) as error:
             say(f"error: {error}")
             return 1

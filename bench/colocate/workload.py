@@ -147,6 +147,12 @@ def plan(requests: Sequence[TraceRequest], prompts: PromptMaker) -> list[Planned
     return [Planned(r.arrival_s, prompts.prompt(r), r.output_tokens) for r in requests]
 
 
+def renewed(planned: Planned) -> Planned:
+    """The same request with another first token, so that no server has a prefix of it in its cache."""
+    first, *rest = planned.prompt
+    return replace(planned, prompt=(first - 1 if first else 1, *rest))
+
+
 class Backlog:
     """Endless offline work: every request another prompt, lengths around their means so that requests do not march in step."""
 

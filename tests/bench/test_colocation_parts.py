@@ -16,6 +16,7 @@ from bench.colocate.workload import (
     LONGEST_PROMPT,
     Backlog,
     Cost,
+    Planned,
     at_rate,
     choose_windows,
     cut_windows,
@@ -23,6 +24,7 @@ from bench.colocate.workload import (
     length_factors,
     overload,
     plan,
+    renewed,
     scale_lengths,
 )
 from bench.colocation import chosen
@@ -95,6 +97,13 @@ def test_overload_is_the_trace_faster_in_the_middle_third() -> None:
 def test_a_plan_has_the_tokens_of_the_trace() -> None:
     (planned,) = plan([TraceRequest(1.5, 33, 7)], PromptMaker(500))
     assert (planned.arrival_s, len(planned.prompt), planned.output_tokens) == (1.5, 33, 7)
+
+
+def test_a_renewed_request_shares_no_prefix_with_any_of_its_earlier_selves() -> None:
+    planned = Planned(1.0, (5, 7, 7), 4)
+    again = renewed(renewed(planned))
+    assert (again.arrival_s, again.prompt[1:], again.output_tokens) == (1.0, (7, 7), 4)
+    assert len({planned.prompt[0], renewed(planned).prompt[0], again.prompt[0]}) == 3
 
 
 def test_the_backlog_never_repeats_itself_and_keeps_its_means() -> None:
