@@ -225,7 +225,7 @@ class Session:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine() | {"kernel": platform.release()},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "numba", "aiohttp")},
-            "args": {key: str(value) for key, value in vars(self.args).items()},
+            "args": {key: value.name if isinstance(value, Path) else value for key, value in vars(self.args).items()},
             "models": {"online": self.online.name, "offline": self.offline.name},
             "trace": asdict(facts(self.trace)),
             "cost": asdict(self.cost),
@@ -245,7 +245,7 @@ class Session:
             f"Python {machine_['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
             f"Online: {self.online.name}; offline: {self.offline.name}"
             + (" (random weights: only its shape matters)." if self.args.offline_model == "other" else "."),
-            f"Trace: {self.args.trace or 'generated'}, scaled: {facts(self.trace)}.",
+            f"Trace: {self.args.trace.name if self.args.trace else 'generated'}, scaled: {facts(self.trace)}.",
             f"Windows of {self.seconds(self.args.minutes):.0f} s, {self.args.rounds} rounds; online alone is busy for "
             f"{', '.join(f'{share:.0%}' for share in busy) or '-'} of them.",
             "",
@@ -325,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--quiet", type=float, default=0.2, help="wait while others use this many cores or more ...")
     group.add_argument("--patience", type=float, default=10.0, help="... but not longer than this, in seconds, each time")
     group.add_argument("--retries", type=int, default=1, help="measure a window again if others used the machine meanwhile")
-    group.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON, tables and picture")
+    group.add_argument("--out", type=Path, default=Path("bench/results/colocation"), help="folder for JSON, tables and picture")
     return parser
 
 
