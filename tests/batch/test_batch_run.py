@@ -121,7 +121,7 @@ def test_killed_again_and_again(toy: Files, tmp_path: Path) -> None:
     toy.options = ["--max-inflight", "32"]
     rng, kills = random.Random(5), 0
     while True:
-        process = toy.start(TOY_DELAY="0.05")
+        process = toy.start(TOY_DELAY="0.2")
         if rng.random() < 0.8:
             toy.wait_for_records(process, beyond=toy.size())
         time.sleep(rng.uniform(0, 0.2))
