@@ -301,7 +301,7 @@ class Chunks:
         parts: list[tuple[int, TokenLogprob | None]] = list(_pairs(delta.tokens, delta.logprobs))
         if first and self.shape.echo:
             parts = [*_pairs(source.tokens, self._echoes.get(prompt, ())), *parts]
-        if echo or delta.text or parts or first:
+        if echo or delta.text or parts or first or (delta.tokens and self.shape.token_ids):
             choice: Json = {"index": index, "text": echo + delta.text, "logprobs": None, "finish_reason": None}
             if self.shape.logprobs:
                 choice["logprobs"] = self._text_logprobs(index, parts)

@@ -277,3 +277,14 @@ async def test_a_long_prompt_does_not_block_the_loop(tmp_path: Path) -> None:
             tokenizer.go_on.set()
             status, reply = await big
             assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_every_token_id_is_streamed_even_while_its_text_is_held_back(engine: Engine) -> None:
+    """Random bytes are seldom whole characters, so many tokens have no text of their own yet."""
+    async with serving(engine) as server:
+        body = {"model": "tiny", "prompt": "abc", "max_tokens": 40, "ignore_eos": True, "temperature": 2, "seed": 1}
+        events = await server.events("/v1/completions", body | {"return_token_ids": True})
+        _, whole = await server.post("/v1/completions", body | {"return_token_ids": True})
+    streamed = [token for event in events[:-1] for choice in event["choices"] for token in choice.get("token_ids", [])]
+    assert streamed == whole["choices"][0]["token_ids"]
+    assert len(streamed) == 40
