@@ -105,6 +105,19 @@ def load_model(
     """
     import torch
 
+    threads = config.threads or torch.get_num_threads()
+    # This thread loads and another one runs the steps. If each had a pool of compute threads, OpenMP would count more threads
+    # than cores and send them all to sleep between two operations, which makes a small step half as long again.
+    torch.set_num_threads(1)
+    try:
+        return _load_model(config, memory, window_fd, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load_model(config: EngineConfig, memory: Memory | None, window_fd: int | None, progress: bool) -> BuiltModel:
+    import torch
+
     from engine.kernels.api import AttentionShape, KVLayout
     from engine.kernels.select import load_backend
     from engine.memory.window import HostWindow, TensorWindow, Window
@@ -112,8 +125,6 @@ def load_model(
     from engine.runner import ModelRunner
     from engine.weights import load_weights, random_weights
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     path = resolve_model(config.model, progress=progress)
     spec = load_spec(path)
     memory = memory or plan_memory(config, [spec])
