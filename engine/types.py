@@ -170,17 +170,12 @@ class Request:
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission. Scheduler
     num_preemptions: int = 0  # Scheduler
     parked: bool = False  # its rows sit in a checkpoint and may not be planned again. Scheduler
-    started: float | None = None  # first scheduled. Scheduler
+    started: float | None = None  # when it was admitted last. Scheduler
     finish_reason: FinishReason | None = None  # Scheduler
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens whose KV is still to be computed: there is no prefill and no decode, only tokens to catch up with."""
-        return len(self.tokens) - self.num_computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

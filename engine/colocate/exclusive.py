@@ -107,7 +107,6 @@ class ExclusiveSharing:
         self._probe: ProbeResult | None = None
         fixed = None if config.cooldown_ms is None else config.cooldown_ms / 1e3
         self._arbiter = Arbiter(CoolDown(0.0, fixed=fixed), self._clock.now())
-        self._started_at = self._clock.now()
         self._offline_since: float | None = None  # the worker may run and has work, since then
         self._offline_seconds = 0.0
         self._latencies = [0] * (len(_LATENCY_BUCKETS) + 1)

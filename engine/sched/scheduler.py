@@ -48,7 +48,7 @@ class _Step:
         self._seconds: float | None = None  # what the step may take, known once its online rows are
 
     def room(self, request: Request) -> int:
-        """Tokens of this request that may be computed: it wants num_pending."""
+        """Tokens of this request that may be computed, at most those whose KV it lacks."""
         if request.tenant is Tenant.ONLINE:
             return self.left
         wanted = min(self.left_offline, len(request.tokens) - request.num_computed)
@@ -323,10 +323,6 @@ class Scheduler:
             return None
         gone = {row.request_id for row in parked.checkpoint.plan.rows} - parked.members
         return parked.checkpoint, frozenset(gone)
-
-    @property
-    def has_parked(self) -> bool:
-        return self._parked is not None
 
     def _leave_parked(self, request: Request) -> None:
         request.parked = False
