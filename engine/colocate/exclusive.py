@@ -276,7 +276,7 @@ class ExclusiveSharing:
 
     def _holdings(self) -> Holdings:
         report = self._report()
-        return Holdings() if report is None else Holdings(report.holders, report.costs)
+        return Holdings() if report is None else Holdings(report.holders, report.computed)
 
     # -- what it came to
 

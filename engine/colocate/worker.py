@@ -46,8 +46,8 @@ class Report(msgspec.Struct, frozen=True):
     prefix_queries: int
     prefix_hits: int
     counters: TenantCounters
-    holders: Mapping[int, list[int]]  # slab -> numbers of the requests with pages in it
-    costs: Mapping[int, int]  # number of a request -> tokens to compute again if it loses a page
+    holders: Mapping[int, Mapping[int, int]]  # slab -> number of a request with pages in it -> tokens before the first of them
+    computed: Mapping[int, int]  # number of a request -> tokens to compute again if it loses all its pages
 
 
 class SlabWatch:
@@ -105,12 +105,12 @@ class Reporter:
     def write(self) -> None:
         scheduler, tenant = self._core.scheduler, Tenant.OFFLINE
         kv, pool = scheduler.kv, scheduler.kv.pool
-        holders: dict[int, list[int]] = {}
-        costs: dict[int, int] = {}
+        holders: dict[int, dict[int, int]] = {}
+        computed: dict[int, int] = {}
         for number, request in enumerate(kv.holders()):
-            costs[number] = request.num_computed
-            for slab in {page // pool.pages_per_slab for page in request.pages}:
-                holders.setdefault(slab, []).append(number)
+            computed[number] = request.num_computed
+            for index, page in enumerate(request.pages):
+                holders.setdefault(page // pool.pages_per_slab, {}).setdefault(number, index * kv.page_size)
         report = Report(
             running=scheduler.num_running(tenant),
             waiting=scheduler.num_waiting(tenant),
@@ -120,10 +120,10 @@ class Reporter:
             prefix_hits=kv.prefix_hits[tenant],
             counters=scheduler.counters[tenant],
             holders=holders,
-            costs=costs,
+            computed=computed,
         )
         if not self._control.write_report(report):
-            self._control.write_report(msgspec.structs.replace(report, holders={}, costs={}))
+            self._control.write_report(msgspec.structs.replace(report, holders={}, computed={}))
 
 
 class Worker:
