@@ -50,14 +50,14 @@ TABLE = [
         {0: {1: 0}, 1: {1: 64}, 2: {2: 0}, 3: {2: 32}}, {1: 65, 2: 200}, 4, [1, 0, 3, 2], id="behind a lost slab all is free"
     ),
     pytest.param(
-        {0: {1: 0, 2: 0}, 1: {1: 0}, 2: {2: 0}, 3: {3: 0}}, {1: 3, 2: 3, 3: 7}, 3, [2, 1, 0], id="shared, once its owners are lost"
+        {0: {1: 0, 2: 0}, 1: {1: 0}, 2: {2: 0}, 3: {3: 0}}, {1: 3, 2: 3, 3: 7}, 3, [2, 1, 0], id="shared, once both are lost"
     ),
     pytest.param(
         {0: {1: 0}, 1: {2: 0}, 2: {3: 0}, 3: {4: 0}}, {1: 0, 2: 1, 3: 1, 4: 1}, 1, [0], id="safe in host memory"
     ),
     pytest.param({0: {1: 0}, 1: {9: 0}, 2: {2: 0}, 3: {2: 0}}, {1: 1, 2: 1}, 1, [1], id="a holder of unknown cost is free"),
     pytest.param(
-        {0: {1: 32}, 1: {2: 0}, 2: {2: 0}, 3: {2: 0}, 7: {1: 0}}, {1: 90, 2: 5}, 1, [0], id="lost with a slab that was taken before"
+        {0: {1: 32}, 1: {2: 0}, 2: {2: 0}, 3: {2: 0}, 7: {1: 0}}, {1: 90, 2: 5}, 1, [0], id="lost with a slab taken before"
     ),
 ]
 
