@@ -21,19 +21,15 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from engine.config import EngineConfig, add_engine_args, config_from_args, parse_bytes
 from engine.errors import InvalidCheckpoint, InvalidConfig
 from engine.joblines import MAX_LINE_BYTES, BadLine, InputFacts, JobError, JobLine, read_lines, survey
 from engine.joblog import JobLog, OutputBlocked, Record, errors_path, fault_record, state_path
-from engine.jobrun import Backend, Halt, Progress, Run
-from engine.types import Tenant
-
-if TYPE_CHECKING:
-    from engine.openai import Answer
+from engine.jobrun import Backend, EngineBackend, Halt, Progress, Run, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -43,35 +39,11 @@ _RESULT_FLAGS = ("served_model_name", "offline_served_model_name", "dtype", "loa
 _ONCE_FLAGS = ("--restart", "--overwrite", "--retry-errors")
 
 
-class EngineBackend:
-    """An engine in this process, its lines the offline tenant's."""
+def open_engine(config: EngineConfig) -> Backend:
+    """The engine in this process."""
+    from engine.engine import Engine
 
-    def __init__(self, config: EngineConfig) -> None:
-        from engine.engine import Engine
-
-        self._engine = Engine(config=config)
-        self._seed = config.seed
-
-    async def answer(self, line: JobLine, request_id: str) -> Answer:
-        from engine.openai import answer
-
-        body = seeded(line.body, self._seed, line.number)
-        return await answer(self._engine, line.url, body, tenant=Tenant.OFFLINE, request_id=request_id)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-def seeded(body: Mapping[str, Any], seed: int, number: int) -> Mapping[str, Any]:
-    """`body` with a seed that depends on its line alone, so that a resumed job samples what an uninterrupted one would.
-
-    Left as it is where it has a seed, or several prompts: one seed would make equal prompts give equal outputs.
-    """
-    prompt = body.get("prompt")
-    if body.get("seed") is not None or (isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)):
-        return body
-    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
-    return {**body, "seed": int.from_bytes(digest, "big") >> 1}
+    return EngineBackend(Engine(config=config))
 
 
 # -- the job
@@ -118,24 +90,32 @@ class Job:
             return LINE_ERRORS if log.errors.count else OK
         backend = open_backend(self.config)
         try:
-            run = Run(
-                backend,
-                log,
-                progress,
-                max_inflight=self.args.max_inflight or 2 * self.config.max_num_seqs,
-                grace=self.args.grace,
-            )
+            slots = Slots(self.args.max_inflight or 2 * self.config.max_num_seqs)
+            run = Run(backend, log, slots, say=progress.say, on_record=progress.count)
+            before = backend.harvest()
             progress.start()
             try:
-                asyncio.run(run(itertools.chain([first], lines)))
+                asyncio.run(self._run(run, itertools.chain([first], lines), progress))
             finally:
                 progress.close()
+            receipt = progress.receipt(backend.harvest() - before)
         finally:
             backend.close()
+        for text in receipt.lines():
+            progress.say(text)
         if run.halt is None:
             return LINE_ERRORS if log.errors.count else OK
         progress.say(run.halt.value + (f": {run.cause}" if run.cause else ""))
         return {Halt.INTERRUPTED: INTERRUPTED, Halt.INPUT: USAGE}.get(run.halt, ENGINE_FAILED)
+
+    async def _run(self, run: Run, lines: Iterator[JobLine | BadLine], progress: Progress) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, run.interrupt, self.args.grace)
+        reporter = asyncio.create_task(progress.report())
+        try:
+            await run(lines)
+        finally:
+            reporter.cancel()
 
     def _first_request(self, lines: Iterator[JobLine | BadLine], log: JobLog) -> JobLine | None:
         """The first line to run; bad lines before it get their records."""
@@ -255,7 +235,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, open_backend: Callable[[EngineConfig], Backend] = EngineBackend) -> int:
+def main(argv: Sequence[str] | None = None, open_backend: Callable[[EngineConfig], Backend] = open_engine) -> int:
     """The command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(argv)

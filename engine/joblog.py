@@ -1,7 +1,9 @@
-"""The durable side of a batch job: its manifest, its lock, and two append-only files of records, one line each.
+"""The durable side of a batch job: two append-only files of records, one line each.
 
-`OUT` holds answers, `OUT.errors` what failed, `OUT.state` the manifest. A record in either file is the only mark that its
-line is done, so a kill at any moment loses nothing: on the next start a torn last record is cut off and its line runs again.
+One file holds answers, the other what failed. A record in either is the only mark that its line is done, so a kill at any
+moment loses nothing: on the next start a torn last record is cut off and its line runs again. The tokens that a job took are
+read from its records too, so their sum is right however often it was killed. `Records` are the two files; `JobLog` adds what
+a job of the command line needs: `OUT.state`, with its manifest and its lock.
 
 Durability: a record is in the file (safe from a kill of the process) before its line counts as done, and synced to disk
 (safe from a power cut) within SYNC_SECONDS or SYNC_LINES records, whichever comes first. While the disk refuses, nothing is
@@ -11,9 +13,11 @@ done: what is not synced is kept in memory and written again, also after a faile
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import threading
@@ -31,11 +35,65 @@ SYNC_SECONDS = 1.0
 SYNC_LINES = 256
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts while the disk refuses
 _REMIND = 30.0
+_KINDS = {errno.ENOSPC: "disk_full", errno.EDQUOT: "disk_full", errno.EFBIG: "disk_full"}
 _RECORD = re.compile(rb'\{"id":"batch_req_([0-9a-f]+)_(\d+)","custom_id":')
 
 
 class OutputBlocked(SluiceError):
     """The disk refused to take records for longer than the job was willing to wait. Nothing that was done is lost."""
+
+
+class Blocked(msgspec.Struct, frozen=True):
+    """Why records cannot be written now: `code` is disk_full or disk_error."""
+
+    code: str
+    reason: str
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens as an answer's `usage` tells them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: CachedTokens | None = None
+
+    def __add__(self, other: Usage) -> Usage:
+        cached = CachedTokens(self.cached_tokens + other.cached_tokens)
+        return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens, cached)
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self.prompt_tokens_details is None else self.prompt_tokens_details.cached_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class CachedTokens(msgspec.Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class _Body(msgspec.Struct, frozen=True):
+    usage: Usage | None = None
+
+
+class _Response(msgspec.Struct, frozen=True):
+    body: _Body | None = None
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """What a resumed job wants to know of a record; the decoder passes over the rest."""
+
+    response: _Response | None = None
+
+    @property
+    def usage(self) -> Usage:
+        body = None if self.response is None else self.response.body
+        return (None if body is None else body.usage) or Usage()
+
+
+_known = msgspec.json.Decoder(_Known)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -45,13 +103,14 @@ class Record(msgspec.Struct, frozen=True):
     ok: bool
     blob: bytes
     size: int
+    usage: Usage = Usage()
 
 
 def answer_record(job: str, line: JobLine, status: int, body: Mapping[str, Any]) -> Record:
     """What the HTTP API would have said; rejections (4xx, 5xx) have `error` null like OpenAI's."""
     response = {"status_code": status, "request_id": f"{job}:{line.number}", "body": body}
     blob = _encode(job, line.number, line.custom_id, response, None)
-    return Record(line.number, status < 400, blob, line.size)
+    return Record(line.number, status < 400, blob, line.size, _known.decode(blob).usage)
 
 
 def fault_record(job: str, line: BadLine) -> Record:
@@ -100,6 +159,7 @@ class AppendLog:
         self._unsynced: list[bytes] = []
         self._written = 0  # of those, already in the file
         self._torn = False  # the file may end in something else than the last written record
+        self.scanned = Usage()  # the tokens of the records that a scan found
 
     @property
     def count(self) -> int:
@@ -125,13 +185,15 @@ class AppendLog:
                     self._torn = True
                     break
                 match = _RECORD.match(raw)
-                if not match or match[1].decode() != job or not raw.endswith(b"}\n"):
+                known = _read(raw)
+                if not match or match[1].decode() != job or known is None:
                     raise JobError(
                         f"{self.path}: the line at byte {self._durable} is no record of this job; remove it to have its "
                         "request run again, or start anew with --restart (keeps the old files) or --overwrite"
                     )
                 self._durable += len(raw)
                 self._durable_count += 1
+                self.scanned += known.usage
                 yield int(match[2])
 
     def push(self) -> None:
@@ -186,21 +248,32 @@ class AppendLog:
         return self._fd
 
 
-class JobLog:
-    """The files of one job, held under a lock by one process. `done` are the lines that need not run."""
+def _read(raw: bytes) -> _Known | None:
+    try:
+        return _known.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
-    def __init__(self, out: Path, *, say: Callable[[str], None], patience: float, clock: Clock | None = None) -> None:
+
+class Records:
+    """The two files of one job, written by one thread at a time. `done` are the lines that need not run."""
+
+    def __init__(
+        self, out: Path, errors: Path, *, say: Callable[[str], None], patience: float = math.inf, clock: Clock | None = None
+    ) -> None:
+        """`say` is told when the disk refuses and when it takes records again; `patience` is how long to try, in seconds."""
         self.out = AppendLog(out)
-        self.errors = AppendLog(errors_path(out))
+        self.errors = AppendLog(errors)
         self.done = LineSet()
         self.job = ""
+        self.usage = Usage()
         self.stop = threading.Event()  # set: wait for nothing
+        self.blocked: Blocked | None = None  # set while the disk refuses
+        self.num_refusals = 0
         self._say = say
-        self._patience = patience  # seconds
+        self._patience = patience
         self._clock = clock or MonotonicClock()
         self._last_sync = self._clock.now()
-        self._state = state_path(out)
-        self._state_fd = self._lock()
 
     def __enter__(self) -> Self:
         return self
@@ -208,7 +281,89 @@ class JobLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- starting
+    def open(self, job: str) -> None:
+        """Take up `job` where its files stand. Raises JobError for foreign content, and OSError."""
+        self.job = job
+        for log in (self.out, self.errors):
+            for number in log.scan(job):
+                self.done.add(number)
+            self.usage += log.scanned
+        self.out.push()  # cuts a torn end, and shows now whether the folder can be written
+        if self.errors.path.exists():
+            self.errors.push()
+
+    # -- writing
+
+    def commit(self, records: Iterable[Record] = (), *, sync: bool = False) -> None:
+        """Write records, and sync if that is due. Blocks while the disk refuses; raises OutputBlocked when giving up."""
+        fresh = list(records)
+        for record in fresh:
+            (self.out if record.ok else self.errors).add(record.blob)
+        self._insist(sync)
+        for record in fresh:
+            self.done.add(record.line)
+            self.usage += record.usage
+
+    def sync_due(self) -> float | None:
+        """Seconds until the next sync is due; None where all is durable."""
+        if not self._unsynced:
+            return None
+        return max(0.0, self._last_sync + SYNC_SECONDS - self._clock.now())
+
+    @property
+    def _unsynced(self) -> int:
+        return self.out.num_unsynced + self.errors.num_unsynced
+
+    def _insist(self, sync: bool) -> None:
+        began, reminded, pause = self._clock.now(), -_REMIND, _FIRST_PAUSE
+        while True:
+            try:
+                self._try(sync)
+            except OSError as error:
+                waited = self._clock.now() - began
+                reason = f"cannot write {error.filename or self.out.path.parent}: {error.strerror}"
+                self.blocked = Blocked(_KINDS.get(error.errno or 0, "disk_error"), reason)
+                self.num_refusals += 1
+                if self.stop.is_set() or waited >= self._patience:
+                    raise OutputBlocked(f"{reason}; finished lines are safe, the others run again on resume") from None
+                if waited - reminded >= _REMIND:
+                    self._say(f"paused: {reason}. Nothing is lost; the job goes on as soon as it can write")
+                    reminded = waited
+                self.stop.wait(min(pause, self._patience - waited))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            self.blocked = None
+            if reminded >= 0:
+                self._say("the output can be written again: going on")
+            return
+
+    def _try(self, sync: bool) -> None:
+        logs = [log for log in (self.out, self.errors) if log.num_unsynced]
+        for log in logs:
+            with _named(log.path):
+                log.push()
+        if logs and (sync or self._unsynced >= SYNC_LINES or not self.sync_due()):
+            for log in logs:
+                with _named(log.path):
+                    log.sync()
+            self._last_sync = self._clock.now()
+
+    def close(self) -> None:
+        self.out.close()
+        self.errors.close()
+
+
+class JobLog(Records):
+    """The files of a job of the command line, held under a lock by one process."""
+
+    def __init__(self, out: Path, *, say: Callable[[str], None], patience: float, clock: Clock | None = None) -> None:
+        super().__init__(out, errors_path(out), say=say, patience=patience, clock=clock)
+        self._state = state_path(out)
+        self._state_fd = self._lock()
+
+    def close(self) -> None:
+        super().close()
+        os.close(self._state_fd)
 
     def start(self, manifest: Mapping[str, Any], *, restart: bool, overwrite: bool, retry_errors: bool) -> None:
         """Begin the job, or take up where it was left. Raises JobError where that would mix or destroy results."""
@@ -234,15 +389,9 @@ class JobLog:
             _compare(known, manifest)
         if not used:
             self._write_manifest(manifest)
-        self.job = str(manifest["job"])
         if retry_errors and self.errors.path.exists():
             _move_aside(self.errors.path)
-        for log in (self.out, self.errors):
-            for number in log.scan(self.job):
-                self.done.add(number)
-        self.out.push()  # cuts a torn end, and shows now whether the folder can be written
-        if self.errors.count:
-            self.errors.push()
+        self.open(str(manifest["job"]))
 
     def _lock(self) -> int:
         try:
@@ -269,63 +418,6 @@ class JobLog:
         os.pwrite(self._state_fd, json.dumps(manifest, indent=1).encode() + b"\n", 0)
         os.fsync(self._state_fd)
         _sync_folder(self._state.parent)
-
-    # -- writing
-
-    def commit(self, records: Iterable[Record] = (), *, sync: bool = False) -> None:
-        """Write records, and sync if that is due. Blocks while the disk refuses; raises OutputBlocked when giving up."""
-        fresh = list(records)
-        for record in fresh:
-            (self.out if record.ok else self.errors).add(record.blob)
-        self._insist(sync)
-        for record in fresh:
-            self.done.add(record.line)
-
-    def sync_due(self) -> float | None:
-        """Seconds until the next sync is due; None where all is durable."""
-        if not self._unsynced:
-            return None
-        return max(0.0, self._last_sync + SYNC_SECONDS - self._clock.now())
-
-    @property
-    def _unsynced(self) -> int:
-        return self.out.num_unsynced + self.errors.num_unsynced
-
-    def _insist(self, sync: bool) -> None:
-        began, reminded, pause = self._clock.now(), -_REMIND, _FIRST_PAUSE
-        while True:
-            try:
-                self._try(sync)
-            except OSError as error:
-                waited = self._clock.now() - began
-                reason = f"cannot write {error.filename or self.out.path.parent}: {error.strerror}"
-                if self.stop.is_set() or waited >= self._patience:
-                    raise OutputBlocked(f"{reason}; finished lines are safe, the others run again on resume") from None
-                if waited - reminded >= _REMIND:
-                    self._say(f"paused: {reason}. Nothing is lost; the job goes on as soon as it can write")
-                    reminded = waited
-                self.stop.wait(min(pause, self._patience - waited))
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
-            if reminded >= 0:
-                self._say("the output can be written again: going on")
-            return
-
-    def _try(self, sync: bool) -> None:
-        logs = [log for log in (self.out, self.errors) if log.num_unsynced]
-        for log in logs:
-            with _named(log.path):
-                log.push()
-        if logs and (sync or self._unsynced >= SYNC_LINES or not self.sync_due()):
-            for log in logs:
-                with _named(log.path):
-                    log.sync()
-            self._last_sync = self._clock.now()
-
-    def close(self) -> None:
-        self.out.close()
-        self.errors.close()
-        os.close(self._state_fd)
 
 
 def errors_path(out: Path) -> Path:

@@ -22,10 +22,9 @@ from typing import Any
 import pytest
 from helpers import tiny_checkpoint
 
-from engine.batch import seeded
 from engine.clock import ManualClock
-from engine.joblog import JobLog
-from engine.jobrun import Progress
+from engine.joblog import JobLog, Record, Usage
+from engine.jobrun import Progress, seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = [sys.executable, str(ROOT / "tests" / "batch" / "toy_batch.py")]
@@ -453,7 +452,7 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         progress.show()
         for number in range(1, 101):
             log.done.add(number)
-            progress.count({"usage": {"completion_tokens": 400}})
+            progress.count(Record(number, True, b"", 1, Usage(completion_tokens=400)))
         progress.show()
     first, second = capsys.readouterr().err.splitlines()
     assert first == "batch: 0% 0/400 lines, ok=0 err=0, 0 tok/s, ETA unknown"

@@ -14,6 +14,7 @@ import sys
 from engine.batch import main
 from engine.errors import EngineDead
 from engine.joblines import JobLine
+from engine.jobrun import Harvest
 from engine.openai import Answer
 
 DELAY = float(os.environ.get("TOY_DELAY", "0"))  # seconds, at most, for each line
@@ -39,6 +40,12 @@ class Toy:
         await asyncio.sleep(10 if model == "slow" else random.uniform(0, DELAY))
         text = f"{line.body['prompt']} of {request_id}"
         return Answer(200, {"choices": [{"text": text}], "usage": {"completion_tokens": 1}})
+
+    def down(self) -> str | None:
+        return None
+
+    def harvest(self) -> Harvest:
+        return Harvest()
 
     def close(self) -> None:
         pass
