@@ -53,7 +53,7 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if plan is not None:
             return self._run(plan, lambda: self.runner.launch(plan, self._stop), whole=True)
-        parked = self.scheduler.take_parked()
+        parked = self.scheduler.parked.take()
         if parked is None:
             self.stalled = self.has_work
             return []

@@ -169,7 +169,7 @@ class Request:
     page_hashes: list[bytes] = field(default_factory=list)  # chained hash of each full page. KVManager
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission. Scheduler
     num_preemptions: int = 0  # Scheduler
-    parked: bool = False  # its rows sit in a checkpoint and may not be planned again. Scheduler
+    parked: bool = False  # its rows sit in a checkpoint and may not be planned again. ParkedPasses
     started: float | None = None  # when it was admitted last. Scheduler
     finish_reason: FinishReason | None = None  # Scheduler
 

@@ -52,8 +52,9 @@ class OnlineFirst:
             yield from view.waiting[tenant].heads()
 
     def budget(self, view: View) -> Budget:
-        idle = not view.unfinished(Tenant.ONLINE) and not view.parked
-        return Budget(tokens=view.max_tokens, offline=view.max_tokens if idle else 0)
+        if view.unfinished(Tenant.ONLINE):
+            return Budget(tokens=view.max_tokens, offline=0)
+        return Budget(tokens=view.alone_tokens, offline=view.alone_tokens)
 
     def victims(self, view: View, request: Request) -> Iterator[Request]:
         """Offline gives way to online; within a tenant, who started later gives way to who started earlier."""
@@ -75,9 +76,8 @@ class SharedStep(OnlineFirst):
         self._increase = increase
 
     def budget(self, view: View) -> Budget:
-        budget = super().budget(view)
-        if not view.unfinished(Tenant.ONLINE) or view.parked:
-            return budget
+        if not view.unfinished(Tenant.ONLINE):
+            return super().budget(view)
         return Budget(view.max_tokens, view.max_tokens, self._tpot, None if self._tpot is not None else self._increase)
 
 

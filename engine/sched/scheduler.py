@@ -8,11 +8,12 @@ WAITING -> RUNNING (admitted), RUNNING -> WAITING (preempted, pages lost), any -
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.clock import Clock
 from engine.memory.manager import KVManager
 from engine.sched.latency import Load, StepTime
+from engine.sched.parked import ParkedPasses
 from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResult
 from engine.sched.policies import Budget, Policy
 from engine.sched.predictor import OutputLengths, peak_tokens
@@ -85,15 +86,6 @@ class _Step:
         self.placed.add(row.request_id)
 
 
-@dataclass(slots=True)
-class _Parked:
-    """A pass stopped between layers, and the requests that left it since."""
-
-    checkpoint: Checkpoint
-    members: set[str]
-    dropped: set[str] = field(default_factory=set)
-
-
 class Scheduler:
     """All requests of one engine core."""
 
@@ -108,7 +100,9 @@ class Scheduler:
         max_model_len: int,
         eos_ids: Iterable[int] = (),
         step_time: StepTime | None = None,
+        max_parked_tokens: int = 16384,
     ) -> None:
+        """`max_parked_tokens`: most tokens whose hidden states are kept in passes stopped between layers."""
         self.kv = kv
         self.policy = policy
         self.clock = clock
@@ -124,7 +118,7 @@ class Scheduler:
         self._lengths = OutputLengths()
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._lost: dict[str, int] = {}  # computed tokens a preempted request had, until it is admitted again
-        self._parked: _Parked | None = None
+        self.parked = ParkedPasses(max(max_parked_tokens, max_num_batched_tokens))
         self._step = 0
         self._most_tokens = 0  # KV that the running requests hold if all run to their bounds, a wasted page each included
 
@@ -190,7 +184,12 @@ class Scheduler:
         return StepPlan(self._step, tuple(step.rows), preemptible)
 
     def _view(self) -> View:
-        return View(self.clock.now(), self._running, self._waiting, self.max_num_batched_tokens, self._parked is not None)
+        most = self.max_num_batched_tokens
+        parked = len(self.parked) > 0
+        alone = most
+        if parked:
+            alone = min(most, self.parked.room) if self.parked.outranked_by(self._waiting[Tenant.OFFLINE].peek()) else 0
+        return View(self.clock.now(), self._running, self._waiting, most, alone, parked)
 
     def _place(self, request: Request, step: _Step, view: View) -> None:
         if request.state is RequestState.WAITING and not self._admit(request, step, view):
@@ -279,7 +278,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to waiting with nothing computed. What the prefix cache keeps of it, it finds again."""
-        self._leave_parked(request)
+        self.parked.leave(request)
         self._lost[request.id] = max(request.num_computed, self._lost.get(request.id, 0))
         self.kv.release(request)
         request.num_computed = 0
@@ -305,29 +304,9 @@ class Scheduler:
     # -- parked passes
 
     def park(self, checkpoint: Checkpoint) -> None:
-        """Keep a pass that was stopped between layers; its requests are not planned until it is resumed."""
-        assert self._parked is None
-        members = {row.request_id for row in checkpoint.plan.rows} & self._requests.keys()
-        for request_id in members:
-            self._requests[request_id].parked = True
-        self._parked = _Parked(checkpoint, members)
-
-    def take_parked(self) -> tuple[Checkpoint, frozenset[str]] | None:
-        """The parked pass and the requests that must not take part in it any more. None if nothing is parked or left."""
-        if self._parked is None:
-            return None
-        parked, self._parked = self._parked, None
-        for request_id in parked.members:
-            self._requests[request_id].parked = False
-        if not parked.members:
-            return None
-        gone = {row.request_id for row in parked.checkpoint.plan.rows} - parked.members
-        return parked.checkpoint, frozenset(gone)
-
-    def _leave_parked(self, request: Request) -> None:
-        request.parked = False
-        if self._parked is not None:
-            self._parked.members.discard(request.id)
+        """Keep a pass that was stopped between layers; its requests are not planned until it goes on."""
+        rows = checkpoint.plan.rows
+        self.parked.park(checkpoint, [self._requests[row.request_id] for row in rows if row.request_id in self._requests])
 
     # -- learn
 
@@ -395,7 +374,7 @@ class Scheduler:
         error: str | None = None,
     ) -> TokenOut:
         out = self._out(request, result, reason, stop_token, error)
-        self._leave_parked(request)
+        self.parked.leave(request)
         self.kv.release(request)
         if request.state is RequestState.RUNNING:
             self._stop_running(request)
@@ -443,5 +422,4 @@ class Scheduler:
         for request in running:
             assert self.kv.pages_for(request.num_computed) <= len(request.pages), request.id
             assert request.num_computed < len(request.tokens), request.id
-        if self._parked is not None:
-            assert all(self._requests[request_id].parked for request_id in self._parked.members)
+        self.parked.check()

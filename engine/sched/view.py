@@ -12,12 +12,17 @@ from engine.types import Request, RequestState, Tenant
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """`running` in the order in which the requests were started, oldest first. `parked`: a checkpoint waits to be resumed."""
+    """What there is at this moment.
+
+    `running` is in the order in which the requests were started, oldest first. `parked`: passes wait to go on. `alone_tokens`:
+    most tokens of a step of offline rows only; none while parked passes go first.
+    """
 
     now: float
     running: Mapping[Tenant, Sequence[Request]]
     waiting: Mapping[Tenant, TenantQueue]
     max_tokens: int
+    alone_tokens: int
     parked: bool
 
     def unfinished(self, tenant: Tenant) -> int:
