@@ -34,6 +34,11 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([here, rest] if rest else [here])}
 
 
+def secret(name: str) -> str | None:
+    """A key from the environment, e.g. $SLUICE_API_KEY for "api_key": other users cannot see it in the process list."""
+    return os.environ.get(f"SLUICE_{name.upper()}") or None
+
+
 def parse_bytes(text: str) -> int:
     """'2GiB', '512M', '1e9' or plain digits -> bytes."""
     match = re.fullmatch(r"\s*([0-9.eE+]+)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)

@@ -1,14 +1,13 @@
-"""Who may come in: API keys, the access of each route, limits on what is in flight, and limits on connections."""
+"""How much may come in: limits on what is in flight, on rates, on the memory of bodies, and on connections."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import hashlib
-import hmac
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -16,9 +15,8 @@ from aiohttp import web
 from engine.errors import Overloaded
 from engine.openai import Answer, error_answer, error_body
 from engine.types import Tenant
+from server.clients import Client
 from server.config import ServerConfig
-
-ANYBODY = "-"  # the key of a client where no keys are set
 
 
 class Refused(Exception):
@@ -30,76 +28,136 @@ class Refused(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class Access(enum.Enum):
-    """What a route asks of a client. A route that says nothing asks for a key."""
+class Rate:
+    """So much a minute: fills evenly up to a minute's worth. What is known only afterwards may overdraw it."""
 
-    KEY = "key"
-    PUBLIC = "public"
-    MODELS = "models"  # public by --public-models
-    METRICS = "metrics"  # public by --public-metrics
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
+        self._level = float(per_minute)
+        self._at = now
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until `amount` can be taken; 0 if it can be now."""
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60.0)
+        self._at = now
+        return max(0.0, (amount - self._level) * 60.0 / self.per_minute)
+
+    def take(self, amount: float) -> None:
+        self._level -= amount
 
 
-class Keys:
-    """The API keys, as digests, compared in constant time."""
+@dataclass(slots=True)
+class Place:
+    """A request's place among those in flight. `tokens` is what it used, told before it ends."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in config.api_key]
-        self._open = {Access.PUBLIC}
-        self._open |= {Access.MODELS} if config.public_models else set()
-        self._open |= {Access.METRICS} if config.public_metrics else set()
-
-    def check(self, access: Access, authorization: str | None) -> str:
-        """The name of the client's key (never the key). Raises Refused without a valid one where the route asks for it."""
-        if not self._digests or access in self._open:
-            return ANYBODY
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        found = ""
-        for known in self._digests:  # all of them, whichever matches
-            if hmac.compare_digest(known, digest):
-                found = known.hex()[:8]
-        if not found or scheme.lower() != "bearer":
-            message = "incorrect API key" if authorization else "an API key is required: Authorization: Bearer KEY"
-            body = error_body(message, "authentication_error", "invalid_api_key")
-            raise Refused(Answer(401, body), WWW_Authenticate="Bearer")
-        return found
+    tokens: int = 0
 
 
 class InFlight:
-    """Counts requests being answered, and refuses those beyond a key's or the flex tier's share."""
+    """Counts requests being answered, and refuses those beyond a key's share or rate, or the flex tier's share."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_key = config.max_inflight_per_key
         self._flex = config.max_inflight_flex
-        self._keys: Counter[str] = Counter()
+        self._clock = clock
+        self._clients: Counter[str] = Counter()
         self._tenants: Counter[Tenant] = Counter()
+        self._requests: dict[str, Rate] = {}
+        self._tokens: dict[str, Rate] = {}
 
     @property
     def total(self) -> int:
         return self._tenants.total()
 
     @contextlib.contextmanager
-    def hold(self, key: str, tenant: Tenant) -> Iterator[None]:
+    def hold(self, client: Client, tenant: Tenant) -> Iterator[Place]:
         """Hold a place while a request is answered. Raises Refused if there is none."""
-        if self._per_key and self._keys[key] >= self._per_key:
-            raise _full(f"this key has {self._per_key} requests in flight already", "rate_limit_exceeded")
+        check_tenant(client, tenant)
+        most = client.max_inflight or self._per_key
+        if most and self._clients[client.name] >= most:
+            raise _full(f"this key has {most} requests in flight already", "rate_limit_exceeded")
         if tenant is Tenant.OFFLINE and self._flex and self._tenants[tenant] >= self._flex:
             raise _full(f"{self._flex} flex requests are in flight already", "resource_unavailable")
-        self._keys[key] += 1
+        requests = self._rate(self._requests, client.name, client.requests_per_minute)
+        tokens = self._rate(self._tokens, client.name, client.tokens_per_minute)
+        self._check_rate(requests, f"this key may send {client.requests_per_minute} requests a minute")
+        self._check_rate(tokens, f"this key may use {client.tokens_per_minute} tokens a minute")
+        if requests is not None:
+            requests.take(1)
+        self._clients[client.name] += 1
         self._tenants[tenant] += 1
+        place = Place()
         try:
-            yield
+            yield place
         finally:
+            if tokens is not None:
+                tokens.take(place.tokens)
             self._tenants[tenant] -= 1
-            self._keys[key] -= 1
-            if not self._keys[key]:
-                del self._keys[key]  # keys that are idle cost nothing
+            self._clients[client.name] -= 1
+            if not self._clients[client.name]:
+                del self._clients[client.name]  # clients that are idle cost nothing
+
+    def _rate(self, rates: dict[str, Rate], name: str, per_minute: int) -> Rate | None:
+        if not per_minute:
+            return None
+        rate = rates.get(name)
+        if rate is None or rate.per_minute != per_minute:  # the clients file was read again
+            rate = rates[name] = Rate(per_minute, self._clock())
+        return rate
+
+    def _check_rate(self, rate: Rate | None, message: str) -> None:
+        if rate is not None and (seconds := rate.wait(1.0, self._clock())):
+            raise _full(message, "rate_limit_exceeded", seconds)
 
 
-def _full(message: str, code: str) -> Refused:
-    answer = error_answer(Overloaded(message, retry_after=1.0), Tenant.OFFLINE)
+def check_tenant(client: Client, tenant: Tenant) -> None:
+    """Raise Refused unless `client` may send work of `tenant`."""
+    if tenant not in client.tenants:
+        hint = "send service_tier: flex" if tenant is Tenant.ONLINE else "leave service_tier out"
+        message = f"this key may not send {tenant.value} requests; {hint}, or use another key"
+        raise Refused(Answer(403, error_body(message, "permission_error", "tenant_not_allowed")))
+
+
+def _full(message: str, code: str, retry_after: float = 1.0) -> Refused:
+    answer = error_answer(Overloaded(message, retry_after=retry_after), Tenant.OFFLINE)
     answer.body["error"]["code"] = code
     return Refused(answer)
+
+
+class Bodies:
+    """The memory of request bodies, from their first byte until they are understood: bounded for all of them together."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Body]:
+        """A body to be filled; its memory counts inside the block."""
+        body = Body(self)
+        try:
+            yield body
+        finally:
+            self.held -= len(body.data)
+
+    def take(self, size: int) -> None:
+        """Count `size` more bytes. Raises Refused if there is no room."""
+        if self.held + size > self._most:
+            raise Refused(error_answer(Overloaded("too many request bodies are being read at once", retry_after=1.0)))
+        self.held += size
+
+
+class Body:
+    """One request's body as far as it has come."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.data = bytearray()
+        self._bodies = bodies
+
+    def add(self, chunk: bytes) -> None:
+        """Take in what has come. Raises Refused."""
+        self._bodies.take(len(chunk))
+        self.data += chunk
 
 
 class Connections:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aiohttp import web
 
 from server import admin, completions, tokens
-from server.admission import Access
+from server.auth import Access
 from server.config import ServerConfig
 from server.http import Handler, border, name_response
 from server.service import SERVICE, Service
@@ -40,6 +40,7 @@ ROUTES = (
     Route("GET", "/ping", admin.health, Access.PUBLIC),
     Route("GET", "/version", admin.show_version, Access.PUBLIC),
     Route("GET", "/metrics", admin.metrics, Access.METRICS),
+    Route("POST", "/admin/drain", admin.drain, Access.ADMIN),
 )
 _ACCESS = {(route.method, route.path): route.access for route in ROUTES}
 

@@ -19,7 +19,7 @@ from server.config import ServerConfig, add_server_args, server_config
 from server.logs import setup_logging
 
 log = logging.getLogger(__name__)
-_SECRET = {"api_key"}
+_SECRET = {"api_key", "admin_api_key", "clients"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

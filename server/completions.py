@@ -14,7 +14,7 @@ from engine.errors import EngineDead, Overloaded, RequestFailed
 from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
 from engine.replies import Chunks, Json, cost_body
 from engine.types import Delta, FinishReason, Tenant
-from server.admission import Refused, clamp_priority
+from server.admission import Place, Refused, clamp_priority
 from server.http import json_response, read_json
 from server.metrics import Metrics
 from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
@@ -41,17 +41,19 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     engine = service.engine_for_work()
     watch = Watch(service.metrics)
     # The gate closes here, before the body is read: an offline step must not run while an online prompt is tokenized.
-    with engine.arriving(online=request.headers.get(TIER_HEADER) != "flex") as arrival:
+    client = request[CLIENT]
+    may_be_online = Tenant.ONLINE in client.tenants and request.headers.get(TIER_HEADER) != "flex"
+    with engine.arriving(online=may_be_online) as arrival:
         call = await read_json(request, lambda body: parse(url, body))
         call = replace(call, priority=clamp_priority(call.priority, service.config))
         tenant = tenant_of(call, engine.resolve(call.model, call.tenant))
         if tenant is Tenant.OFFLINE:
             arrival.withdraw()
-        with service.in_flight.hold(request[CLIENT], tenant):
-            return await _run(request, service, call, watch)
+        with service.in_flight.hold(client, tenant) as place:
+            return await _run(request, service, call, watch, place)
 
 
-async def _run(request: web.Request, service: Service, call: Call, watch: Watch) -> web.StreamResponse:
+async def _run(request: web.Request, service: Service, call: Call, watch: Watch, place: Place) -> web.StreamResponse:
     try:
         job = await submit(service.engine_for_work(), call)
     except Overloaded as error:
@@ -67,6 +69,7 @@ async def _run(request: web.Request, service: Service, call: Call, watch: Watch)
     finally:
         job.abort()
         service.jobs.discard(job)
+        place.tokens = sum(g.usage.prompt_tokens + g.usage.completion_tokens for g in job.generations)
 
 
 def _cost_header(job: Job) -> dict[str, str]:

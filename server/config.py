@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from engine.config import secret
 from engine.errors import InvalidConfig
+from server.clients import Client, check_key, read_clients, read_keys
 
 
 def _knob(default: Any, help: str, **options: Any) -> Any:
     return field(default=default, metadata={"help": help, "options": options})
+
+
+def _mode(text: str) -> int:
+    mode = int(text, 8)
+    if not 0 <= mode <= 0o777 or mode & 0o600 != 0o600:  # YAML reads 0660 as 432, and that is caught here too
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mode such as 660 with which the owner can read and write")
+    return mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +31,21 @@ class ServerConfig:
 
     host: str = _knob("127.0.0.1", "address to listen on")
     port: int = _knob(8000, "port to listen on; 0 takes a free one")
+    uds: str | None = _knob(None, "listen on a unix socket at this path instead of an address")
+    uds_mode: int = _knob(0o600, "who may connect to the unix socket, as for chmod", type=_mode)
+    ssl_certfile: str | None = _knob(None, "certificate chain: serve HTTPS. Read again on SIGHUP")
+    ssl_keyfile: str | None = _knob(None, "its private key, if it is not in the same file")
+    ssl_ca_certs: str | None = _knob(None, "let in only clients with a certificate from these authorities")
     api_key: tuple[str, ...] = _knob((), "key that clients must send; may be given several times", action="append", type=str)
     api_key_file: str | None = _knob(None, "file with one key per line, so that keys stay out of the process list")
+    api_keys_file: str | None = _knob(
+        None, "YAML file of clients: name, sha256 of the key, tenants, limits. Read again on SIGHUP"
+    )
+    admin_api_key: tuple[str, ...] = _knob((), "key for admin routes (dashboard, drain)", action="append", type=str)
+    admin_api_key_file: str | None = _knob(None, "file with one admin key per line")
+    allowed_origins: tuple[str, ...] = _knob(
+        (), "let pages from here call the API, e.g. https://a.example", nargs="+", type=str
+    )
     insecure_no_auth: bool = _knob(False, "listen beyond this machine although no key is set")
     public_models: bool = _knob(False, "answer GET /v1/models without a key (for readiness probes)")
     public_metrics: bool = _knob(False, "answer GET /metrics without a key")
@@ -33,6 +55,7 @@ class ServerConfig:
     max_inflight_per_key: int = _knob(0, "most requests in flight for one key; 0: no limit")
     max_inflight_flex: int = _knob(1024, "most `service_tier: flex` requests in flight; 0: no limit")
     max_body_size: int = _knob(32 * 2**20, "largest request body")
+    max_body_memory: int = _knob(256 * 2**20, "most bytes of request bodies being read at once; more are answered 503")
     header_timeout: float = _knob(10.0, "a new connection must have sent its first request's headers by then")
     body_timeout: float = _knob(60.0, "a request's body must have arrived by then")
     keep_alive_timeout: float = _knob(75.0, "an idle connection is closed after this")
@@ -41,23 +64,37 @@ class ServerConfig:
     min_priority: int = _knob(0, "most urgent `priority` that a request may ask for; lower goes first")
     log_format: str = _knob("text", "form of log lines", choices=("text", "json"))
     log_level: str = _knob("info", "least severe log lines shown", choices=("debug", "info", "warning", "error"))
+    clients: tuple[Client, ...] = field(default=(), metadata={"file": "api_keys_file"})  # those of the clients file
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             value = getattr(self, spec.name)
             if spec.name != "min_priority" and isinstance(value, int | float) and value < 0:
                 raise InvalidConfig(f"{flag(spec.name)} must not be negative, got {value}")
-            choices = spec.metadata["options"].get("choices")
+            choices = spec.metadata.get("options", {}).get("choices")
             if choices and value not in choices:
                 raise InvalidConfig(f"{flag(spec.name)} must be one of {', '.join(choices)}; got {value!r}")
         if not 0 <= self.port <= 65535:
             raise InvalidConfig(f"--port must be between 0 and 65535, got {self.port}")
-        if any(len(key) < 1 or not key.isascii() or not key.isprintable() for key in self.api_key):
-            raise InvalidConfig("--api-key must be printable ASCII and not empty")
+        for name in ("api_key", "admin_api_key"):
+            for key in getattr(self, name):
+                check_key(key, flag(name))
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise InvalidConfig("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+        if self.max_body_memory < self.max_body_size:
+            raise InvalidConfig("--max-body-memory must hold at least one body of --max-body-size")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise InvalidConfig(f"--allowed-origins: {origin!r} is not of the form https://name or https://name:port")
+
+    @property
+    def is_private(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.uds is not None or is_loopback(self.host)
 
     def check_exposure(self) -> None:
         """Raise InvalidConfig if strangers could use the engine."""
-        if not (self.api_key or self.insecure_no_auth or is_loopback(self.host)):
+        if not (self.api_key or self.clients or self.ssl_ca_certs or self.insecure_no_auth or self.is_private):
             raise InvalidConfig(
                 f"--host {self.host} can be reached from other machines and no --api-key is set; "
                 "set one, listen on 127.0.0.1, or accept the risk with --insecure-no-auth"
@@ -81,7 +118,10 @@ def add_server_args(parser: argparse.ArgumentParser) -> None:
     """One flag per field of ServerConfig. Only what is given appears in the namespace."""
     group = parser.add_argument_group("server")
     for spec in fields(ServerConfig):
-        shown = "" if spec.default in (None, (), False) else f" (default: {spec.default})"
+        if "help" not in spec.metadata:
+            continue  # made from other fields
+        default = f"{spec.default:o}" if spec.name == "uds_mode" else spec.default
+        shown = "" if spec.default in (None, (), False) else f" (default: {default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": spec.metadata["help"] + shown}
         if isinstance(spec.default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -91,21 +131,16 @@ def add_server_args(parser: argparse.ArgumentParser) -> None:
 
 
 def server_config(given: Mapping[str, Any]) -> ServerConfig:
-    """The config of parsed flags (others are ignored), with the keys of `api_key_file` read."""
-    names = {spec.name for spec in fields(ServerConfig)}
-    values = {name: value for name, value in given.items() if name in names}
-    keys = tuple(values.get("api_key", ()))
-    if path := values.get("api_key_file"):
-        keys += _read_keys(Path(path))
-    return ServerConfig(**values | {"api_key": keys})
-
-
-def _read_keys(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="ascii").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"--api-key-file {path}: {error}") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise InvalidConfig(f"--api-key-file {path}: it holds no key")
-    return keys
+    """The config of parsed flags (others are ignored), with keys from files and from the environment added to theirs."""
+    names = {spec.name for spec in fields(ServerConfig) if "help" in spec.metadata}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in names
+    }
+    for name in ("api_key", "admin_api_key"):
+        keys = values.get(name, ())
+        if path := values.get(name + "_file"):
+            keys += read_keys(path, flag(name + "_file"))
+        values[name] = keys + tuple(filter(None, [secret(name)]))
+    if path := values.get("api_keys_file"):
+        values["clients"] = read_clients(path)
+    return ServerConfig(**values)

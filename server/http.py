@@ -16,7 +16,10 @@ from aiohttp import web
 from engine.errors import InvalidRequest, SluiceError
 from engine.openai import Answer, decode, error_answer, error_body
 from engine.replies import Json
-from server.admission import Access, Refused
+from server import cors
+from server.admission import Body, Refused
+from server.auth import Access
+from server.config import ServerConfig
 from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 
 log = logging.getLogger(__name__)
@@ -54,18 +57,25 @@ async def read_json(request: web.Request, understand: Callable[[Json], T]) -> T:
         raise _refused(415, "send the body as Content-Type: application/json", "unsupported_media_type")
     if (request.content_length or 0) > config.max_body_size:
         raise _too_large(config.max_body_size)
+    with request.app[SERVICE].bodies.reading() as body:
+        await _read(request, body, config)
+        raw = bytes(body.data)
+        if len(raw) <= LARGE_BODY:
+            return understand(decode(raw))
+        return await asyncio.to_thread(lambda: understand(decode(raw)))
+
+
+async def _read(request: web.Request, body: Body, config: ServerConfig) -> None:
     try:
         async with asyncio.timeout(config.body_timeout or None):
-            raw = await request.read()
+            while chunk := await request.content.readany():
+                body.add(chunk)
+                if len(body.data) > config.max_body_size:
+                    raise _too_large(config.max_body_size)
     except TimeoutError:
         raise _refused(408, f"the body did not arrive within {config.body_timeout:g} s", "request_timeout") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(config.max_body_size) from None
     except web.RequestPayloadError:
         raise InvalidRequest("the body could not be read as its headers describe it", code="invalid_body") from None
-    if len(raw) <= LARGE_BODY:
-        return understand(decode(raw))
-    return await asyncio.to_thread(lambda: understand(decode(raw)))
 
 
 def _refused(status: int, message: str, code: str) -> Refused:
@@ -100,7 +110,9 @@ def border(access_of: Callable[[web.Request], Access]) -> Any:
 
 async def _answered(service: Service, request: web.Request, handler: Handler, access: Access) -> web.StreamResponse:
     try:
-        request[CLIENT] = service.keys.check(access, request.headers.get("Authorization"))
+        if cors.is_preflight(request) and cors.allowed(request, service.config):
+            return cors.preflight_answer()
+        request[CLIENT] = service.keys.check(access, request.headers)
         return await handler(request)
     except Refused as refused:
         return answer_response(refused.answer, refused.headers)
@@ -139,6 +151,8 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
         response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.pop("Server", None)
+    if (origin := cors.allowed(request, request.app[SERVICE].config)) is not None:
+        cors.name(origin, response)
     if request.app[SERVICE].phase is Phase.DRAINING:
         response.headers["Connection"] = "close"
         response.force_close()

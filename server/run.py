@@ -12,17 +12,20 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 
 from engine.config import EngineConfig
-from engine.errors import SluiceError
+from engine.errors import InvalidConfig, SluiceError
 from server.admission import Connections
 from server.app import app_of
+from server.clients import read_clients
 from server.config import ServerConfig
+from server.listen import address, bind, load_certificates, tls, unbind
 from server.service import Phase, Service
 from server.status import report_status, watch_loop_lag
 
@@ -38,32 +41,29 @@ _DEATH_GRACE = 1.0  # seconds in which streams hear that the engine died
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal ends it. Returns the exit status."""
     try:
-        listener = bind(config.host, config.port)
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error)
+        context = tls(config)
+        listener = bind(config)
+    except InvalidConfig as error:
+        log.error("%s", error)
         return EXIT_SETUP
-    with listener:
-        return asyncio.run(_Process(engine_config, config, listener).run())
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening. Raises OSError."""
-    family, kind, proto, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, proto)
+    except OSError as error:
+        where = config.uds or f"{config.host} port {config.port}"
+        log.error("cannot listen on %s: %s", where, error)
+        return EXIT_SETUP
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+        return asyncio.run(_Process(engine_config, config, listener, context).run())
+    finally:
+        unbind(listener, config)
 
 
 class _Process:
-    def __init__(self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> None:
+    def __init__(
+        self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket, context: ssl.SSLContext | None
+    ) -> None:
         self.engine_config = engine_config
         self.config = config
         self.listener = listener
+        self.context = context
         self.service = Service(config)
         self.stop = asyncio.Event()
 
@@ -71,6 +71,8 @@ class _Process:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        self.service.leave = self.stop.set
         app = app_of(self.service)
         runner = web.AppRunner(
             app,
@@ -82,7 +84,11 @@ class _Process:
         await runner.setup()
         assert runner.server is not None
         self.service.connections = Connections(runner.server, self.config)
-        server = await loop.create_server(self.service.connections, sock=self.listener, backlog=1024)
+        options: dict[str, Any] = {"ssl": self.context, "backlog": 1024}
+        if self.context is not None and self.config.header_timeout:
+            options["ssl_handshake_timeout"] = self.config.header_timeout
+        create = loop.create_unix_server if self.listener.family == socket.AF_UNIX else loop.create_server
+        server = await create(self.service.connections, sock=self.listener, **options)
         try:
             return await self._live()
         finally:
@@ -92,19 +98,35 @@ class _Process:
     def _on_signal(self, number: int) -> None:
         if self.stop.is_set():
             log.warning("second signal: leaving at once")
-            _leave(128 + number)
+            self._leave(128 + number)
         log.info("%s: shutting down", signal.Signals(number).name)
         self.stop.set()
 
+    def _reload(self) -> None:
+        """Certificates and clients from their files. What cannot be read leaves everything as it was."""
+        try:
+            clients = read_clients(self.config.api_keys_file) if self.config.api_keys_file is not None else ()
+            if self.context is not None:
+                load_certificates(self.context, self.config)
+        except InvalidConfig as error:
+            log.error("SIGHUP: kept what was there: %s", error)
+            return
+        self.service.keys.load(clients)
+        log.info("SIGHUP: certificates and clients read again")
+
+    def _leave(self, status: int) -> NoReturn:
+        unbind(self.listener, self.config)
+        logging.shutdown()
+        os._exit(status)
+
     async def _live(self) -> int:
-        host, port = self.listener.getsockname()[:2]
-        log.info("listening on http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, self.engine_config.model)
+        log.info("listening on %s, loading %s", address(self.listener, self.config), self.engine_config.model)
         stop = asyncio.create_task(self.stop.wait())
         loading = self._load()
         await asyncio.wait((stop, loading), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             log.info("stopped while loading")
-            _leave(EXIT_OK)  # the loading thread cannot be asked to stop, and nothing depends on it
+            self._leave(EXIT_OK)  # the loading thread cannot be asked to stop, and nothing depends on it
         try:
             engine = loading.result()
         except SluiceError as error:
@@ -166,8 +188,3 @@ class _Process:
 async def _death(engine: Engine) -> None:
     while engine.alive:
         await asyncio.sleep(0.25)
-
-
-def _leave(status: int) -> None:
-    logging.shutdown()
-    os._exit(status)

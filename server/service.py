@@ -6,12 +6,15 @@ import asyncio
 import enum
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from engine.openai import Answer, Job, error_body
-from server.admission import Connections, InFlight, Keys, Refused
+from server.admission import Bodies, Connections, InFlight, Refused
+from server.auth import Keys
+from server.clients import Client
 from server.config import ServerConfig
 from server.metrics import Metrics
 
@@ -35,14 +38,19 @@ class Service:
         self.metrics = Metrics(config.metrics_compat)
         self.keys = Keys(config)
         self.in_flight = InFlight(config)
+        self.bodies = Bodies(config.max_body_memory)
         self.metrics.in_flight.set_function(lambda: self.in_flight.total)
         self.jobs: set[Job] = set()
         self.connections: Connections | None = None  # where the server owns its socket
+        self.leave: Callable[[], None] = self._refuse_work  # drain and end, as on SIGTERM
         self.phase = Phase.LOADING
         self.started = time.monotonic()
         self._engine: Engine | None = None
         if engine is not None:
             self.start(engine)
+
+    def _refuse_work(self) -> None:
+        self.phase = Phase.DRAINING
 
     def start(self, engine: Engine) -> None:
         """The model is loaded: serve it."""
@@ -91,4 +99,4 @@ def _unavailable(message: str, code: str, retry_after: float) -> Refused:
 
 SERVICE = web.AppKey("service", Service)
 REQUEST_ID = web.RequestKey("request_id", str)
-CLIENT = web.RequestKey("client", str)  # the name of its key
+CLIENT = web.RequestKey("client", Client)

@@ -135,7 +135,7 @@ async def test_request_ids(engine: Engine) -> None:
 
 async def test_keys_close_every_route_that_is_not_opened(engine: Engine) -> None:
     public = {"/health", "/ready", "/ping", "/version"}
-    async with serving(engine, api_key=("sesame", "other")) as server:
+    async with serving(engine, api_key=("sesame", "other"), admin_api_key=("root",)) as server:
         for route in ROUTES:
             path = route.path.replace("{id:.+}", "org/tiny")
             async with server.client.request(route.method, server.url + path) as response:
@@ -143,7 +143,7 @@ async def test_keys_close_every_route_that_is_not_opened(engine: Engine) -> None
                     assert response.status == 200
                     continue
                 assert response.status == 401, route
-                assert response.headers["WWW-Authenticate"] == "Bearer"
+                assert response.headers["WWW-Authenticate"].startswith("Bearer")
                 assert is_error(await response.json(), "invalid_api_key")
         assert (await server.get("/nothing"))[0] == 401
         assert (await server.get("/health/"))[0] == 401
