@@ -83,7 +83,7 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
         else:
             needed = sum(_weight_bytes(config, spec) + _work_bytes(config, spec) for spec in specs)
             allowed = int(config.gpu_memory_utilization * device.total) - device.used - needed
-        wanted = min(config.max_num_seqs * longest, allowed)
+        wanted = min(max(config.max_num_seqs * longest, slab_bytes * len(specs)), allowed)
     if wanted < slab_bytes * len(specs):
         raise InvalidConfig(f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; give it more")
     return Memory(wanted // slab_bytes, slab_bytes)

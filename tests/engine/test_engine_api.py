@@ -279,6 +279,11 @@ def test_stats_add_up(engine):
     assert after.kv_pages_free + after.kv_pages_cached + sum(t.kv_pages for t in after.tenants.values()) == after.kv_pages
 
 
+def test_a_model_smaller_than_a_slab_needs_no_flag(folder):
+    with Engine(str(folder), threads=1, max_num_seqs=1, max_model_len=32, progress=False) as engine:
+        assert engine.generate("x", GREEDY, progress=False)[0].usage.completion_tokens == 8
+
+
 @pytest.mark.parametrize("options", [{"max_model_len": 10**6}, {"kv_cache_memory": 10}, {"device": "tpu"}, {"polic": "x"}])
 def test_configurations_that_cannot_work(folder, options):
     with pytest.raises(InvalidConfig):
