@@ -33,6 +33,7 @@ class EngineCore:
         self.on_step: Callable[[StepPlan, StepResult], None] = lambda plan, result: None
         self.sync: Callable[[], None] = lambda: None  # called before a step is decided and before its results are applied
         self.stalled = False  # there is work, but nothing of it could run in the last step
+        self.busy_since: float | None = None  # when the step that runs now began
         self._failed_steps = 0
 
     def submit(self, submit: Submit) -> None:
@@ -48,6 +49,13 @@ class EngineCore:
 
     def step(self) -> list[TokenOut]:
         """Run one step, or do nothing if nothing can run. Raises EngineDead when the runner fails again and again."""
+        self.busy_since = self.scheduler.clock.now()
+        try:
+            return self._step()
+        finally:
+            self.busy_since = None
+
+    def _step(self) -> list[TokenOut]:
         self.sync()
         self.stalled = False
         plan = self.scheduler.schedule()

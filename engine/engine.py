@@ -29,8 +29,11 @@ from engine.errors import (
 )
 from engine.generation import Generation, wake
 from engine.loop import EngineLoop
+from engine.memory.pages import SlabUse, slab_use
+from engine.sched.plan import StepPlan, StepResult
 from engine.sched.scheduler import TenantCounters
 from engine.served import Served, ServedModels, open_models
+from engine.timeline import Timeline
 from engine.types import Abort, Completion, Cost, Delta, FinishReason, ModelCard, SamplingParams, Submit, Tenant, TokenOut
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ class Stats:
     kv_pages_cached: int
     page_size: int
     step_prediction_error: float  # mean of |predicted - measured| / measured over recent steps
+    part_seconds: Mapping[str, float]  # time computing since the start, by tenant and phase (`timeline.PARTS`)
+    device_seconds: Mapping[str, float]  # by owner: online, offline, switch, idle; sums to the time since the start
     sharing: SharingStats | None = None  # with an offline model
 
 
@@ -123,8 +128,11 @@ class Engine:
         offline = self._models.offline
         self._step_time_file = step_time_file(config, built)
         self._core = build_core(config, built, slabs=None if offline is None else ())
+        self.timeline = Timeline(self._core.scheduler.clock)
         self._loop = EngineLoop(self._core, self._deliver, self._died)
         self._core.interrupted = self._loop.online_at_the_door
+        self._core.on_step = self._on_step
+        self._lost = dict.fromkeys(Tenant, (0, 0))  # preemptions and tokens lost by them, as of the last step
         self._sharing = None if offline is None else self._share_with(offline, built)
 
     def _share_with(self, offline: Served, built: BuiltModel) -> ExclusiveSharing:
@@ -133,7 +141,9 @@ class Engine:
 
         assert built.window is not None
         memory, call = self._models.memory, self._loop.call
-        sharing = ExclusiveSharing(self.config, offline.config, memory, self._core, built.window, call, self._deliver)
+        sharing = ExclusiveSharing(
+            self.config, offline.config, memory, self._core, built.window, call, self._deliver, timeline=self.timeline
+        )
         try:
             if not sharing.wait_ready():
                 logger.error("serving without the offline model: %s", sharing.failure)
@@ -316,7 +326,39 @@ class Engine:
         if sharing is not None and sharing.worker is not None:
             tenants[Tenant.OFFLINE] = _stats_of(sharing.worker)
         error = scheduler.step_time.error
-        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, error, sharing)
+        parts = self.timeline.seconds()
+        owners = self._owners(parts) if sharing is None else sharing.device_seconds
+        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, error, parts, owners, sharing)
+
+    def _owners(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """With one model nobody waits for the device to change hands: who computes owns it."""
+        online = parts["online_prefill"] + parts["online_decode"]
+        offline = parts["offline_prefill"] + parts["offline_decode"]
+        age = self.timeline.clock.now() - self.timeline.began
+        return {"online": online, "offline": offline, "switch": 0.0, "idle": max(0.0, age - online - offline)}
+
+    def slab_use(self) -> list[SlabUse]:
+        """The KV memory slab by slab: whose it is, and how much of it is in use."""
+        pool = self._core.scheduler.kv.pool
+        if self._sharing is not None:
+            return self._sharing.slab_use(pool)
+        return [slab_use(pool, slab) for slab in range(pool.num_slabs)]
+
+    def kv_shares(self) -> tuple[float, float, float]:
+        """Shares of the whole KV memory that online uses, that offline uses, and that is cached."""
+        pool = self._core.scheduler.kv.pool
+        pages = pool.num_slabs * pool.pages_per_slab
+        offline = pool.num_used(Tenant.OFFLINE) / pages if self._sharing is None else self._sharing.offline_share()
+        return pool.num_used(Tenant.ONLINE) / pages, offline, pool.num_cached / pages
+
+    def step_age(self) -> float:
+        """For how many seconds the step that runs now has been running; 0 between steps."""
+        since = self._core.busy_since
+        return 0.0 if since is None else self._core.scheduler.clock.now() - since
+
+    def stack(self) -> str:
+        """Where the engine's thread is now, as a traceback: for a step that does not end."""
+        return self._loop.stack()
 
     # -- inside: requests in
 
@@ -427,6 +469,24 @@ class Engine:
             self._sharing.finish(id(generation), generation.cost, names)
             if not generation.counted:
                 self._sharing.count(generation.cost)
+
+    # -- inside: what the device did, in the loop's thread
+
+    def _on_step(self, plan: StepPlan, result: StepResult) -> None:
+        timeline, counters = self.timeline, self._core.scheduler.counters
+        timeline.step(plan, result)
+        if result.checkpoint is not None:
+            waited = max(0.0, timeline.clock.now() - self._loop.knocked) if self._loop.online_at_the_door() else 0.0
+            cause = "an online request arrived" if waited else "the engine is closing"
+            layer = result.checkpoint.layer
+            timeline.event("parked", cause, layer=layer, rows=len(plan.rows), waited_ms=round(waited * 1e3, 3))
+        for tenant, (preemptions, tokens) in self._lost.items():
+            if counters[tenant].preemptions != preemptions:
+                now = counters[tenant].preemptions, counters[tenant].lost_tokens
+                timeline.event(
+                    "gave_way", f"{tenant} requests made room", requests=now[0] - preemptions, lost_tokens=now[1] - tokens
+                )
+                self._lost[tenant] = now
 
     # -- inside: results out, in the loop's thread
 

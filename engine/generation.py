@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from engine.clock import MonotonicClock
 from engine.errors import EngineDead, RequestFailed
 from engine.types import (
     Choice,
@@ -25,6 +26,8 @@ from engine.types import (
     TokenOut,
     Usage,
 )
+
+_clock = MonotonicClock()
 
 
 class Detokenizer(Protocol):
@@ -125,6 +128,23 @@ def _joined(group: list[Delta]) -> Delta:
     )
 
 
+@dataclass(slots=True)
+class Times:
+    """When a request came and its tokens were computed, on the monotonic clock. Written by the engine's side."""
+
+    submitted: float
+    queued: float = 0.0  # seconds until it was first admitted
+    first: float | None = None  # its first token, of whichever choice
+    last: float | None = None  # its last token so far
+
+    def saw(self, out: TokenOut) -> None:
+        if out.token is None:
+            return
+        self.last = _clock.now()
+        if self.first is None:
+            self.first, self.queued = self.last, out.queued
+
+
 class Generation:
     """A request in the engine, or finished. Made by `Engine.submit`; exactly one reader."""
 
@@ -153,6 +173,7 @@ class Generation:
         self._only_when_done = False
         self._cached_tokens = 0
         self._num_preemptions = 0
+        self.times = Times(submitted=_clock.now())
         self._dead: EngineDead | None = None
         self.cost = Cost()  # what colocation cost an online request
         self.counted = False  # somebody else enters the cost in the ledger, for several generations perhaps
@@ -282,6 +303,7 @@ class Generation:
             self._mail.append(choice.push(out))
             self._cached_tokens = max(self._cached_tokens, out.num_cached)
             self._num_preemptions = max(self._num_preemptions, out.num_preemptions)
+            self.times.saw(out)
             waiter = self._take_waiter()
         if choice.finished and out.finish_reason is None:
             self._abort(index)  # a stop string ended it, of which the engine knows nothing

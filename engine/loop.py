@@ -7,7 +7,9 @@ raises a flag that the core polls between the layers of an offline step.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 
@@ -36,6 +38,7 @@ class EngineLoop:
         self._commands: deque[Submit | Abort | Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._online_queued = 0
+        self.knocked = 0.0  # when the first of the online requests at the door, or of those last there, came to it
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -51,8 +54,15 @@ class EngineLoop:
                 raise EngineDead("the engine has stopped")
             self._commands.append(command)
             if isinstance(command, Submit) and command.tenant is Tenant.ONLINE:
+                if not self._online_queued:
+                    self.knocked = self._core.scheduler.clock.now()
                 self._online_queued += 1
             self._wake.notify()
+
+    def stack(self) -> str:
+        """Where the loop's thread is now, as a traceback."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
 
     def close(self) -> None:
         """Stop after the current step. Requests still in the core end nowhere; the caller has drained or aborted them."""

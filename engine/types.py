@@ -168,6 +168,7 @@ class Request:
     pages: list[int] = field(default_factory=list)  # page table. KVManager; a request that loses pages gets a new list
     page_hashes: list[bytes] = field(default_factory=list)  # chained hash of each full page. KVManager
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission. Scheduler
+    queued: float = 0.0  # seconds from arrival to its first admission. Scheduler
     num_preemptions: int = 0  # Scheduler
     parked: bool = False  # its rows sit in a checkpoint and may not be planned again. ParkedPasses
     started: float | None = None  # when it was admitted last. Scheduler
@@ -220,6 +221,7 @@ class TokenOut(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     num_cached: int = 0
     num_preemptions: int = 0
+    queued: float = 0.0  # with the first token: seconds until the request was admitted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import UnknownModel
-from engine.types import ModelCard
+from engine.types import ModelCard, Tenant
 from server.http import json_response
 from server.service import SERVICE, Phase
 
@@ -23,9 +23,10 @@ def sluice_version() -> str:
 
 
 async def health(request: web.Request) -> web.StreamResponse:
-    """GET /health, /ping: 200 while requests in flight can finish, also while draining; 503 while loading or dead."""
+    """GET /health, /ping: 200 while requests in flight can finish, also while draining; 503 while loading, stuck or dead."""
     service = request.app[SERVICE]
     _ = service.engine  # raises while there is none, or a dead one
+    service.check_moving()
     return json_response({"status": service.phase.value})
 
 
@@ -33,7 +34,23 @@ async def ready(request: web.Request) -> web.StreamResponse:
     """GET /ready: 200 while new requests are taken."""
     service = request.app[SERVICE]
     service.engine_for_work()
+    service.check_moving()
     return json_response({"status": service.phase.value})
+
+
+async def load(request: web.Request) -> web.StreamResponse:
+    """GET /load: for routers. Requests in flight, and the online tenant's; offline work gives way and is no load."""
+    service = request.app[SERVICE]
+    stats = service.engine.stats()
+    online = stats.tenants[Tenant.ONLINE]
+    return json_response(
+        {
+            "server_load": service.in_flight.total,
+            "num_requests_running": online.running,
+            "num_requests_waiting": online.waiting,
+            "kv_cache_usage_perc": online.kv_pages / max(1, stats.kv_pages),
+        }
+    )
 
 
 async def show_version(request: web.Request) -> web.StreamResponse:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
-from server import admin, completions, tokens
+from server import admin, completions, dashboard, tokens
 from server.auth import Access
 from server.config import ServerConfig
 from server.http import Handler, border, name_response
@@ -40,6 +40,10 @@ ROUTES = (
     Route("GET", "/ping", admin.health, Access.PUBLIC),
     Route("GET", "/version", admin.show_version, Access.PUBLIC),
     Route("GET", "/metrics", admin.metrics, Access.METRICS),
+    Route("GET", "/load", admin.load, Access.METRICS),
+    Route("GET", "/dashboard", dashboard.dashboard, Access.PUBLIC),  # a page that knows nothing until it has a key
+    Route("GET", "/debug/state", dashboard.state, Access.ADMIN),
+    Route("GET", "/debug/timeline", dashboard.timeline, Access.ADMIN),
     Route("POST", "/admin/drain", admin.drain, Access.ADMIN),
 )
 _ACCESS = {(route.method, route.path): route.access for route in ROUTES}

@@ -179,7 +179,7 @@ class Watch:
         now, count = time.monotonic(), len(delta.tokens)
         timing = self.choices.get(choice)
         if timing is None and count:
-            self.metrics.ttft.labels(*self.labels).observe(now - self.started)
+            self._first_token(now - self.started)
             timing = self.choices[choice] = _Timing(first=now, last=now)
         elif timing is not None and count:
             for _ in range(count):
@@ -188,7 +188,7 @@ class Watch:
         if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.finished(delta.finish_reason)
             if timing is not None and timing.later_tokens:
-                self.metrics.tpot.labels(*self.labels).observe((timing.last - timing.first) / timing.later_tokens)
+                self._per_token((timing.last - timing.first) / timing.later_tokens)
 
     def finished(self, reason: str) -> None:
         self.metrics.success.labels(*self.labels, str(reason)).inc()
@@ -198,9 +198,35 @@ class Watch:
         assert self.job is not None
         self.metrics.e2e.labels(*self.labels).observe(time.monotonic() - self.started)
         for generation in self.job.generations:
-            usage = generation.usage
+            usage, times = generation.usage, generation.times
+            if times.first is not None and times.last is not None:
+                self._stages(times.submitted, times.submitted + times.queued, times.first, times.last)
+                if not self.job.call.stream:  # nobody saw the tokens come: these are the times at which they were there
+                    self._first_token(times.first - self.started)
+                    if (later := usage.completion_tokens // self.job.call.params.n - 1) > 0:
+                        self._per_token((times.last - times.first) / later)
             self.metrics.prompt_tokens.labels(*self.labels).observe(usage.prompt_tokens)
             self.metrics.output_tokens.labels(*self.labels).observe(usage.completion_tokens)
+
+    def _first_token(self, seconds: float) -> None:
+        assert self.job is not None
+        self.metrics.ttft.labels(*self.labels).observe(seconds)
+        self.metrics.recent.add(self.job.tenant, "ttft", seconds)
+
+    def _per_token(self, seconds: float) -> None:
+        assert self.job is not None
+        self.metrics.tpot.labels(*self.labels).observe(seconds)
+        self.metrics.recent.add(self.job.tenant, "tpot", seconds)
+
+    def _stages(self, submitted: float, admitted: float, first: float, last: float) -> None:
+        stages = {
+            "queue": admitted - submitted,
+            "prefill": first - admitted,
+            "decode": last - first,
+            "inference": last - admitted,
+        }
+        for stage, seconds in stages.items():
+            self.metrics.stages[stage].labels(*self.labels).observe(max(0.0, seconds))
 
     def left(self, request_id: str) -> None:
         """The client went away before the end."""

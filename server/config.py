@@ -62,6 +62,10 @@ class ServerConfig:
     sse_keep_alive_interval: float = _knob(15.0, "a silent stream gets a comment this often; 0: never")
     sse_write_timeout: float = _knob(30.0, "a stream whose client reads nothing for so long is aborted")
     min_priority: int = _knob(0, "most urgent `priority` that a request may ask for; lower goes first")
+    ttft_slo_ms: float = _knob(0.0, "first-token time that online requests should not exceed, shown and counted; 0: none")
+    stuck_step_timeout: float = _knob(60.0, "a step that runs for longer is reported, and /health answers 503; 0: never")
+    status_interval: float = _knob(10.0, "while there is work, log a line per tenant this often; 0: never")
+    enable_log_requests: bool = _knob(False, "log a line for every answered request")
     log_format: str = _knob("text", "form of log lines", choices=("text", "json"))
     log_level: str = _knob("info", "least severe log lines shown", choices=("debug", "info", "warning", "error"))
     clients: tuple[Client, ...] = field(default=(), metadata={"file": "api_keys_file"})  # those of the clients file

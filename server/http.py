@@ -20,6 +20,7 @@ from server import cors
 from server.admission import Body, Refused
 from server.auth import Access
 from server.config import ServerConfig
+from server.logs import TRACE, trace_of
 from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def border(access_of: Callable[[web.Request], Access]) -> Any:
         service = request.app[SERVICE]
         given = request.headers.get("X-Request-Id", "")
         request[REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else "req-" + uuid.uuid4().hex
+        TRACE.set(trace_of(request[REQUEST_ID], request.headers.get("traceparent")))
         if service.connections is not None:
             service.connections.heard(request.protocol)
         started = time.monotonic()
@@ -103,6 +105,7 @@ def border(access_of: Callable[[web.Request], Access]) -> Any:
             status = response.status
         finally:
             _count(service, request, status, time.monotonic() - started)
+            TRACE.set(None)  # the task goes on with the connection's next request
         return response
 
     return run
@@ -141,8 +144,12 @@ def _count(service: Service, request: web.Request, status: int, seconds: float) 
     route = resource.canonical if resource is not None else "none"  # never the path: labels are kept forever
     method = request.method if request.method in ("GET", "POST", "HEAD", "DELETE", "PUT", "OPTIONS") else "other"
     service.metrics.http.labels(route, method, str(status)).inc()
-    if route not in ("/metrics", "/health", "/ready", "/ping"):
-        service.metrics.http_seconds.labels(route).observe(seconds)
+    if route in ("/metrics", "/health", "/ready", "/ping", "/load", "/debug/state"):
+        return
+    service.metrics.http_seconds.labels(route).observe(seconds)
+    if service.config.enable_log_requests:
+        fields = {"route": route, "method": method, "status": status, "seconds": round(seconds, 6)}
+        log.info("%s %s %d in %.1f ms", method, route, status, seconds * 1e3, extra={"fields": fields})
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:

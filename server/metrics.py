@@ -15,10 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from engine.types import Tenant
+from server.recent import Recent
 
 if TYPE_CHECKING:
     from engine.colocate.exclusive import SharingStats
-    from engine.engine import Engine
+    from engine.engine import Engine, Stats
 
 _LABELS = ("model_name", "tenant")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -57,6 +58,11 @@ _ALIASED = {
     "request_generation_tokens",
     "request_params_n",
     "request_params_max_tokens",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_inference_time_seconds",
+    "iteration_tokens_total",
 }
 
 
@@ -65,7 +71,8 @@ class Metrics:
 
     def __init__(self, compat: str = "vllm") -> None:
         self.registry = registry = CollectorRegistry()
-        self._engine = _EngineNumbers()
+        self.recent = Recent()
+        self._engine = _EngineNumbers(self.recent)
 
         def histogram(name: str, text: str, buckets: Iterable[float], labels: tuple[str, ...] = _LABELS) -> Histogram:
             return Histogram(f"sluice_{name}", text, labels, buckets=tuple(buckets), registry=registry)
@@ -73,12 +80,21 @@ class Metrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Counter:
             return Counter(f"sluice_{name}", text, labels, registry=registry)
 
-        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token; streamed requests only", _SECONDS)
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
         self.itl = histogram("inter_token_latency_seconds", "Time between tokens of a stream", _TOKEN_SECONDS)
         self.tpot = histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first, per stream", _TOKEN_SECONDS
+            "request_time_per_output_token_seconds", "Mean time per token after the first, per request", _TOKEN_SECONDS
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to end of a request", _SECONDS)
+        self.stages = {
+            stage: histogram(f"request_{stage}_time_seconds", text, _SECONDS)
+            for stage, text in (
+                ("queue", "Submission to admission"),
+                ("prefill", "Admission to first token"),
+                ("decode", "First token to last"),
+                ("inference", "Admission to last token"),
+            )
+        }
         self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request", _COUNTS)
         self.output_tokens = histogram("request_generation_tokens", "Output tokens of a request", _COUNTS)
         self.params_n = histogram("request_params_n", "n of a request", _COUNTS)
@@ -89,6 +105,7 @@ class Metrics:
         self.disconnects = counter("client_disconnects", "Requests whose client left before the end", ("phase",))
         self.slow_readers = counter("sse_backpressure_aborts", "Streams aborted because nobody read them", ())
         self.stream_errors = counter("stream_errors", "Streams that ended with an error event", ("code",))
+        self.stuck_steps = counter("stuck_steps", "Steps that ran for longer than --stuck-step-timeout", ())
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop ran a timer", _TOKEN_SECONDS, ())
         self.in_flight = Gauge("sluice_http_in_flight", "Inference requests in flight", registry=registry)
         ProcessCollector(registry=registry)
@@ -109,7 +126,9 @@ class Metrics:
 class _EngineNumbers(Collector):
     """`engine.stats()` at the time of the scrape."""
 
-    engine: Engine | None = None
+    def __init__(self, recent: Recent) -> None:
+        self.engine: Engine | None = None
+        self._recent = recent
 
     def collect(self) -> Iterator[Metric]:
         if self.engine is None:
@@ -152,18 +171,50 @@ class _EngineNumbers(Collector):
             "Mean error of the predicted step time over recent steps",
             value=stats.step_prediction_error,
         )
+        yield from _device_metrics(self.engine, stats)
+        yield from self._targets()
         if stats.sharing is not None:
             yield from _sharing_metrics(stats.sharing)
 
+    def _targets(self) -> Iterator[Metric]:
+        targets = GaugeMetricFamily("sluice_slo_target_seconds", "What online requests should not exceed", labels=("kind",))
+        missed = CounterMetricFamily("sluice_slo_violations", "Online requests that exceeded it", labels=("kind",))
+        for kind, seconds in self._recent.targets.items():
+            targets.add_metric((kind,), seconds)
+            missed.add_metric((kind,), self._recent.missed[kind])
+        yield targets
+        yield missed
 
-def _sharing_metrics(sharing: SharingStats) -> Iterator[Metric]:
-    """Who owned the device and the memory, and what changing hands cost. Only where there is an offline model."""
+
+def _device_metrics(engine: Engine, stats: Stats) -> Iterator[Metric]:
+    """What the device did with its time."""
     seconds = CounterMetricFamily(
         "sluice_device_time_seconds", "Time by owner of the device; sums to wall time", labels=("owner",)
     )
-    for owner, value in sharing.device_seconds.items():
+    for owner, value in stats.device_seconds.items():
         seconds.add_metric((owner,), value)
     yield seconds
+    parts = CounterMetricFamily(
+        "sluice_computing_seconds", "Time computing; a mixed step counts by its tokens", labels=("tenant", "phase")
+    )
+    for part, value in stats.part_seconds.items():
+        parts.add_metric(tuple(part.split("_")), value)
+    yield parts
+    timeline = engine.timeline
+    steps = HistogramMetricFamily("sluice_step_seconds", "Time of a step by whom it served", labels=("tenant",))
+    for tenant, times in timeline.step_seconds.items():
+        steps.add_metric((tenant.value,), _buckets(times.bounds, times.counts), times.total)
+    yield steps
+    tokens = timeline.step_tokens
+    model = (engine.resolve(None, Tenant.ONLINE).id, Tenant.ONLINE.value)
+    yield _histogram(
+        "sluice_iteration_tokens_total", "Tokens computed in a step", tokens.bounds, tokens.counts, tokens.total, model
+    )
+    yield GaugeMetricFamily("sluice_step_age_seconds", "Age of the step that runs now", value=engine.step_age())
+
+
+def _sharing_metrics(sharing: SharingStats) -> Iterator[Metric]:
+    """What changing hands cost. Only where there is an offline model."""
     preemptions = CounterMetricFamily("sluice_preemptions", "Times the offline worker was stopped", labels=("reason",))
     preemptions.add_metric(("arrival",), sharing.preemptions)
     preemptions.add_metric(("false_alarm",), sharing.false_alarms)
@@ -197,10 +248,24 @@ def _sharing_metrics(sharing: SharingStats) -> Iterator[Metric]:
     yield gate
 
 
-def _histogram(name: str, text: str, buckets: Sequence[float], counts: Sequence[int], total: float) -> HistogramMetricFamily:
+def _histogram(
+    name: str,
+    text: str,
+    bounds: Sequence[float],
+    counts: Sequence[int],
+    total: float,
+    labels: tuple[str, str] | None = None,
+) -> HistogramMetricFamily:
     """A histogram from counts per bucket, of which the last holds what is beyond the largest bound."""
-    bounds = [*(str(float(bound)) for bound in buckets), "+Inf"]
-    return HistogramMetricFamily(name, text, buckets=list(zip(bounds, accumulate(counts), strict=True)), sum_value=total)
+    if labels is None:
+        return HistogramMetricFamily(name, text, buckets=_buckets(bounds, counts), sum_value=total)
+    family = HistogramMetricFamily(name, text, labels=_LABELS)
+    family.add_metric(labels, _buckets(bounds, counts), total)
+    return family
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+    return list(zip([*(str(float(bound)) for bound in bounds), "+Inf"], accumulate(counts), strict=True))
 
 
 class _VllmNames(Collector):

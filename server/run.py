@@ -27,7 +27,8 @@ from server.clients import read_clients
 from server.config import ServerConfig
 from server.listen import address, bind, load_certificates, tls, unbind
 from server.service import Phase, Service
-from server.status import report_status, watch_loop_lag
+from server.status import report_status, sample_memory, watch_loop_lag
+from server.watchdog import watch_steps
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -166,8 +167,10 @@ class _Process:
         dead = asyncio.create_task(_death(engine))
         helpers = [
             dead,
-            asyncio.create_task(report_status(engine)),
+            asyncio.create_task(report_status(engine, self.config.status_interval)),
             asyncio.create_task(watch_loop_lag(self.service.metrics)),
+            asyncio.create_task(watch_steps(self.service, engine, self.config.stuck_step_timeout)),
+            asyncio.create_task(sample_memory(engine)),
         ]
         try:
             await asyncio.wait((stop, dead), return_when=asyncio.FIRST_COMPLETED)

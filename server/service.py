@@ -36,6 +36,7 @@ class Service:
     def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
         self.config = config
         self.metrics = Metrics(config.metrics_compat)
+        self.stuck = 0.0  # seconds for which a step has been running, once that is too long
         self.keys = Keys(config)
         self.in_flight = InFlight(config)
         self.bodies = Bodies(config.max_body_memory)
@@ -55,8 +56,22 @@ class Service:
     def start(self, engine: Engine) -> None:
         """The model is loaded: serve it."""
         self._engine = engine
+        targets = {"ttft": self.config.ttft_slo_ms, "tpot": engine.config.tpot_slo_ms}
+        self.metrics.recent.targets = {kind: ms / 1e3 for kind, ms in targets.items() if ms}
         self.metrics.watch(engine)
         self.phase = Phase.READY
+
+    @property
+    def status(self) -> str:
+        """In one word: loading, ready, draining, stuck or dead."""
+        if self._engine is not None and not self._engine.alive:
+            return "dead"
+        return "stuck" if self.stuck else self.phase.value
+
+    def check_moving(self) -> None:
+        """Raise Refused (503) while a step has been running for too long."""
+        if self.stuck:
+            raise _unavailable(f"a step of the engine has been running for {self.stuck:.0f} s", "engine_stuck", 5.0)
 
     @property
     def engine(self) -> Engine:

@@ -28,11 +28,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.types", "engine.config", "engine.errors", "engine.clock", "nvdriver"),
     ("engine.memory", "engine.kernels", "engine.spec", "engine.chat_template", "engine.tokenizer", "engine.demo"),
     ("engine.model", "engine.weights", "engine.sched"),
-    ("engine.forward", "engine.runner", "engine.fake"),
+    ("engine.forward", "engine.runner", "engine.fake", "engine.timeline"),
     ("engine.core", "engine.colocate.arbiter", "engine.colocate.control", "engine.colocate.gate"),
     ("engine.build", "engine.loop", "engine.doctor", "engine.colocate", "engine.served", "engine.generation", "engine.engine"),
     ("engine",),  # the package's own __init__: the public names
-    ("engine.replies", "engine.calls", "engine.openai", "engine.joblines", "engine.joblog", "engine.jobrun", "engine.batch"),
+    (
+        *("engine.replies", "engine.calls", "engine.openai"),
+        *("engine.joblines", "engine.joblog", "engine.jobrun", "engine.batch", "engine.top"),
+    ),
     ("server",),
     ("engine.server",),  # the guarded entry; nothing is above it, so nothing imports it
 )
@@ -61,6 +64,7 @@ ENGINE_AS_SEEN_BY_SERVER = frozenset(
         "engine.errors",
         "engine.openai",
         "engine.replies",
+        "engine.timeline",
         "engine.types",
     }
 )
@@ -114,6 +118,7 @@ NO_TORCH = {
     "engine.engine": (),
     "server.cli": ("--help",),
     "engine.batch": ("--help",),
+    "engine.top": ("--help",),
     "engine.doctor": ("--help",),
 }
 HEAVY = ("torch", "numba", "triton", "transformers", "tokenizers")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import batch
+from engine import batch, top
 from server import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def test_flags_exist(document: Path) -> None:
     """Every --flag in code marks is one of the server's, of a job's, or of the benchmarks in bench/."""
     known = {
         flag
-        for parser in (cli.make_parser(), batch.make_parser())
+        for parser in (cli.make_parser(), batch.make_parser(), top.make_parser())
         for action in parser._actions
         for flag in action.option_strings
     }

@@ -27,10 +27,12 @@ from engine.colocate.worker import Report
 from engine.config import EngineConfig
 from engine.errors import InvalidConfig
 from engine.loop import Deliver
+from engine.memory.pages import PagePool, SlabUse, slab_use
 from engine.memory.reserve import make_reserve, most_cached
 from engine.memory.slabs import SlabPool
 from engine.memory.victims import VICTIMS, Holdings
 from engine.memory.window import HostWindow
+from engine.timeline import Timeline
 from engine.types import Abort, Cost, Submit, Tenant
 
 if TYPE_CHECKING:
@@ -83,8 +85,10 @@ class ExclusiveSharing:
         run_in_engine: Callable[[Callable[[], None]], None],
         deliver: Deliver,
         clock: Clock | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self._clock = clock or MonotonicClock()
+        self._timeline = timeline or Timeline(self._clock)
         self._run_in_engine = run_in_engine
         self._rungs = rungs(config.gate, config.device)
         self._lock = threading.Lock()
@@ -101,6 +105,9 @@ class ExclusiveSharing:
             cache_slabs=most_cached(config.reserve, memory.num_slabs, config.online_cache_share),
         )  # fmt: skip
         core.scheduler.kv.lender = self._lender
+        self._lender.on_reclaim = lambda pages, slabs: self._timeline.event(
+            "reclaim", f"online needed {pages} pages", slabs=slabs
+        )
         self._gate: Gate = NoGate()
         self._gate_name = config.gate
         self._pid: int | None = None
@@ -117,6 +124,7 @@ class ExclusiveSharing:
         self._process = OfflineProcess(
             offline, memory, self._control, self._victim_window.fileno(),
             deliver=deliver, started=self._worker_started, ended=self._worker_ended,
+            timeline=self._timeline,
         )  # fmt: skip
         self._ticker = threading.Thread(target=self._tick, name="arbiter", daemon=True)
         self._ticker.start()
@@ -190,10 +198,12 @@ class ExclusiveSharing:
             self._gate.wait_stopped(_STOP_PATIENCE)
             after = self._clock.now()
             self._arbiter.froze(after)
+            self._timeline.switched(now, after)
             cost.waited_us += round((after - now) * 1e6)
             if busy:
                 cost.preemptions += 1
                 self._book_latency(after - now)
+                self._timeline.event("preemption", "an online request arrived", latency_us=round((after - now) * 1e6))
 
     def finish(self, request: object, cost: Cost, request_ids: tuple[str, ...] = ()) -> None:
         """An online request is over, however it ended."""
@@ -208,7 +218,7 @@ class ExclusiveSharing:
             now = self._clock.now()
             if self._arbiter.withdraw(request, now):
                 self._account(now)
-                self._gate.thaw()
+                self._thaw("the request was offline work after all", now)
             self._wake.notify()
 
     def count(self, cost: Cost) -> None:
@@ -259,10 +269,16 @@ class ExclusiveSharing:
                 self._gate.freeze()  # this process stood still so long that the guardian let the worker go
             if self._arbiter.poll(now):
                 self._account(now)
-                self._gate.thaw()
+                self._thaw("online work is done", now)
             settled = self._arbiter.state is State.OFFLINE
         if settled:
             self._run_in_engine(self._lender.settle)
+
+    def _thaw(self, cause: str, now: float) -> None:
+        self._gate.thaw()
+        stood = self._timeline.released(now)
+        if self._process.busy:
+            self._timeline.event("thaw", cause, stood_still_ms=round(stood * 1e3, 3))
 
     def _account(self, now: float) -> None:
         """Book the time in which the worker could run and had work."""
@@ -279,6 +295,23 @@ class ExclusiveSharing:
         return Holdings() if report is None else Holdings(report.holders, report.computed)
 
     # -- what it came to
+
+    def slab_use(self, online: PagePool) -> list[SlabUse]:
+        """Who owns each slab, and how much of it is in use."""
+        report = self._report()
+        filled = {} if report is None else report.filled
+        uses = []
+        for slab in range(self._slabs.num_slabs):
+            if self._slabs.owner(slab) is Tenant.OFFLINE:
+                uses.append(SlabUse(Tenant.OFFLINE, 0.0, filled.get(slab, 0.0), 0.0))
+            else:
+                uses.append(slab_use(online, slab, Tenant.ONLINE))
+        return uses
+
+    def offline_share(self) -> float:
+        """Share of the whole KV memory that the worker's requests use, as it last reported."""
+        report = self._report()
+        return 0.0 if report is None else sum(report.filled.values()) / self._slabs.num_slabs
 
     def stats(self) -> SharingStats:
         report = self._report()

@@ -17,6 +17,7 @@ import msgspec
 from engine.build import Memory
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
+from engine.timeline import Span
 from engine.types import Submit, TokenOut
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,10 @@ class Rest(msgspec.Struct, tag="rest", frozen=True):
 
 
 class Outs(msgspec.Struct, tag="outs", frozen=True):
-    """Worker to main: what one step produced."""
+    """Worker to main: what one step produced, and the launches since the last such message."""
 
     outs: list[TokenOut]
+    spans: list[Span] = []
 
 
 Frame = Start | Ready | Failed | Put | Drop | Spin | Rest | Outs

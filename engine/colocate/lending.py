@@ -52,6 +52,7 @@ class SlabLender:
         self.reserve = reserve
         self.reclaims = 0  # times online ran out and took slabs
         self.reclaimed_slabs = 0
+        self.on_reclaim: Callable[[int, int], None] = lambda pages, slabs: None  # told of pages that were wanted, slabs taken
         self.reclaimed_for: Counter[str] = Counter()  # request id -> slabs taken on its behalf
         self._last_change = clock.now()
         self._handing_back = threading.Lock()  # so that a late punch never hits a slab that is offline's again
@@ -77,6 +78,7 @@ class SlabLender:
         self.reclaims += 1
         self.reclaimed_slabs += len(taken)
         self.reclaimed_for[request.id] += len(taken)
+        self.on_reclaim(num_pages, len(taken))
         self._last_change = self._clock.now()
 
     def settle(self) -> None:

@@ -21,6 +21,7 @@ from engine.colocate.control import ControlPage
 from engine.config import EngineConfig, child_environment
 from engine.errors import EngineDead
 from engine.loop import Deliver
+from engine.timeline import Timeline
 from engine.types import Abort, FinishReason, Submit, TokenOut
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class OfflineProcess:
         deliver: Deliver,
         started: Callable[[int], None],
         ended: Callable[[int], None],
+        timeline: Timeline,
     ) -> None:
         self._start = ipc.Start(config, memory, config.offline_nice)
         self._num_slabs = memory.num_slabs
@@ -62,6 +64,7 @@ class OfflineProcess:
         self._window_fd = window_fd
         self._deliver = deliver
         self._started, self._ended = started, ended
+        self._timeline = timeline
         self._lock = threading.Lock()
         self._unfinished: dict[str, _Unfinished] = {}
         self._suspect: str | None = None  # the request that the worker has alone, the others being held back
@@ -176,6 +179,7 @@ class OfflineProcess:
                 self._give_up()
                 break
             self.restarts += 1
+            self._timeline.event("worker", f"the offline worker ended: {cause}", requests_replayed=len(self._unfinished))
             logger.warning("the offline worker ended (%s); %d requests go on in the next", cause, len(self._unfinished))
             if self.ready:
                 self._judge()
@@ -219,6 +223,7 @@ class OfflineProcess:
                 self.ready = True
                 self._settled.set()
             elif isinstance(frame, ipc.Outs):
+                self._timeline.worker_steps(frame.spans)
                 self._take(frame.outs)
             elif isinstance(frame, ipc.Failed):
                 if frame.fatal:

@@ -28,6 +28,7 @@ from engine.loop import EngineLoop
 from engine.memory.window import HostWindow
 from engine.sched.plan import StepPlan, StepResult
 from engine.sched.scheduler import TenantCounters
+from engine.timeline import Span, span_of
 from engine.types import Abort, Tenant, TokenOut
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Report(msgspec.Struct, frozen=True):
     counters: TenantCounters
     holders: Mapping[int, Mapping[int, int]]  # slab -> number of a request with pages in it -> tokens before the first of them
     computed: Mapping[int, int]  # number of a request -> tokens to compute again if it loses all its pages
+    filled: Mapping[int, float] = {}  # slab -> share of its pages in use
 
 
 class SlabWatch:
@@ -91,12 +93,19 @@ class Reporter:
         self._control = control
         self._core = core
         self._next = 0.0
+        self._spans: list[Span] = []
 
     def after_step(self, plan: StepPlan, result: StepResult) -> None:
-        now = time.monotonic()  # noqa: TID251 - pacing only
+        now = time.monotonic()  # noqa: TID251 - main reads the same clock
+        self._spans.append(span_of(plan, result, now))
         if now >= self._next:
             self._next = now + _REPORT_SECONDS
             self.write()
+
+    def take_spans(self) -> list[Span]:
+        """The launches since this was last asked."""
+        spans, self._spans = self._spans, []
+        return spans
 
     def after_update(self) -> None:
         if not self._core.has_work:
@@ -111,6 +120,7 @@ class Reporter:
             computed[number] = request.num_computed
             for index, page in enumerate(request.pages):
                 holders.setdefault(page // pool.pages_per_slab, {}).setdefault(number, index * kv.page_size)
+        filled = {slab: sum(pool.slab_use(slab)[:2]) / pool.pages_per_slab for slab in holders}
         report = Report(
             running=scheduler.num_running(tenant),
             waiting=scheduler.num_waiting(tenant),
@@ -121,9 +131,10 @@ class Reporter:
             counters=scheduler.counters[tenant],
             holders=holders,
             computed=computed,
+            filled=filled,
         )
         if not self._control.write_report(report):
-            self._control.write_report(msgspec.structs.replace(report, holders={}, computed={}))
+            self._control.write_report(msgspec.structs.replace(report, holders={}, computed={}, filled={}))
 
 
 class Worker:
@@ -173,7 +184,7 @@ class Worker:
 
         def deliver(outs: list[TokenOut]) -> None:
             reporter.after_update()
-            self._deliver(outs)
+            self._deliver(outs, reporter.take_spans())
 
         core.sync = sync
         core.on_step = reporter.after_step
@@ -207,9 +218,9 @@ class Worker:
                 while not select.select([self._sock], [], [], 0)[0]:
                     self._boundary()
 
-    def _deliver(self, outs: list[TokenOut]) -> None:
+    def _deliver(self, outs: list[TokenOut], spans: list[Span]) -> None:
         try:
-            ipc.send(self._sock, ipc.Outs(outs))
+            ipc.send(self._sock, ipc.Outs(outs, spans))
         except OSError:
             os._exit(0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import NamedTuple
 
 from engine.types import Tenant
 
@@ -67,6 +68,18 @@ class PagePool:
 
     def slab_pages(self, slab: int) -> range:
         return range(slab * self.pages_per_slab, (slab + 1) * self.pages_per_slab)
+
+    def slab_use(self, slab: int) -> tuple[int, int, int]:
+        """Pages of a slab that online uses, that offline uses, and that are cached. Any thread; a glance, not a promise."""
+        first, last = slab * self.pages_per_slab, (slab + 1) * self.pages_per_slab
+        used, cached = (self._state.count(state, first, last) for state in (PageState.USED, PageState.CACHED))
+        if not used:
+            return 0, 0, cached
+        if not cached and self._used[Tenant.OFFLINE] == 0:
+            return used, 0, 0
+        states, tenants = self._state[first:last], self._tenant[first:last]
+        online = sum(state == PageState.USED and tenant is Tenant.ONLINE for state, tenant in zip(states, tenants, strict=True))
+        return online, used - online, cached
 
     def _move(self, page: int, state: PageState) -> None:
         self._counts[self._state[page]] -= 1
@@ -179,3 +192,17 @@ class PagePool:
         assert all(self._state[page] == PageState.FREE for page in free)
         assert all(slab in self._open for slab, stack in enumerate(self._free) if stack)
         assert sorted(self._open) == [slab for slab, listed in enumerate(self._in_open) if listed]
+
+
+class SlabUse(NamedTuple):
+    """One slab: its owner (None: it is shared), and the shares of its pages in use by each tenant, and cached."""
+
+    owner: Tenant | None
+    online: float
+    offline: float
+    cached: float
+
+
+def slab_use(pool: PagePool, slab: int, owner: Tenant | None = None) -> SlabUse:
+    """How much of a slab of `pool` is in use."""
+    return SlabUse(owner, *(pages / pool.pages_per_slab for pages in pool.slab_use(slab)))

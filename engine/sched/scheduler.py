@@ -33,6 +33,7 @@ class TenantCounters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    lost_tokens: int = 0  # whose KV the preempted requests had
 
 
 class _Step:
@@ -249,6 +250,7 @@ class Scheduler:
         self.counters[request.tenant].recomputed_tokens += max(0, lost - num_cached)
         if request.started is None:
             request.num_cached = num_cached
+            request.queued = self.clock.now() - request.arrival
         request.started = self.clock.now()
 
     def _peak_fits(self, request: Request, prefix: list[int], yielding: frozenset[Request]) -> bool:
@@ -279,7 +281,8 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to waiting with nothing computed. What the prefix cache keeps of it, it finds again."""
         self.parked.leave(request)
-        self._lost[request.id] = max(request.num_computed, self._lost.get(request.id, 0))
+        num_computed = request.num_computed
+        self._lost[request.id] = max(num_computed, self._lost.get(request.id, 0))
         self.kv.release(request)
         request.num_computed = 0
         if request.id in self._prompt_logprobs:
@@ -289,6 +292,7 @@ class Scheduler:
         self._stop_running(request)
         self._waiting[request.tenant].push(request)
         self.counters[request.tenant].preemptions += 1
+        self.counters[request.tenant].lost_tokens += num_computed
 
     def _stop_running(self, request: Request) -> None:
         self._running[request.tenant].remove(request)
@@ -409,6 +413,7 @@ class Scheduler:
             error=error,
             num_cached=request.num_cached,
             num_preemptions=request.num_preemptions,
+            queued=request.queued if first else 0.0,
         )
 
     def check(self) -> None:
