@@ -192,27 +192,30 @@ def _tenants(state: Json) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("", "run", "wait", "done", "prefill tok/s", "decode tok/s", "TTFT p50", "p99", "TPOT p50", "p99", "made room"):
+    for name in ("", "run", "wait", "done", "prefill tok/s", "decode tok/s", "TTFT p50, p99", "TPOT p50, p99", "made room"):
         table.add_column(name, justify="left" if not name else "right")
     window = min(state["window"], (state["now"] - state["began"]) / _SECOND) or 1.0
     for index, tenant in enumerate(("online", "offline")):
         part, recent = state["tenants"][tenant], state["latency"][tenant]
         rates = [sum(span[2 + 2 * index + phase] for span in state["spans"]) / window for phase in (0, 1)]
-        times = [
-            _against(recent[kind][rank], state["slo"][kind] if tenant == "online" else None)
-            for kind in ("ttft", "tpot")
-            for rank in ("p50", "p99")
-        ]
+        times = [f"{duration(recent[kind]['p50'])}, {duration(recent[kind]['p99'])}" for kind in ("ttft", "tpot")]
         counts = [f"{part[name]:,}" for name in ("running", "waiting", "finished")]
         row = [*counts, *(f"{rate:,.1f}" for rate in rates), *times, f"{part['preemptions']:,}"]
         table.add_row(tenant, *row, style=_COLORS[tenant])
+    if any(state["slo"].values()):
+        table.add_row("target", *[""] * 5, *(_target(state, kind) for kind in ("ttft", "tpot")), "")
     return table
 
 
-def _against(seconds: float | None, target: float | None) -> str:
-    if target is None or seconds is None:
-        return duration(seconds)
-    return f"{duration(seconds)} {'≤' if seconds <= target else '>'} {duration(target)}"
+def _target(state: Json, kind: str) -> Text:
+    """What online should not exceed, and whether its 99th percentile does."""
+    from rich.text import Text
+
+    target, reached = state["slo"][kind], state["latency"]["online"][kind]["p99"]
+    if target is None:
+        return Text("")
+    met = reached is None or reached <= target
+    return Text(f"{duration(target)}{'' if met else ' missed'}", style="green" if met else "red")
 
 
 def _kv(state: Json, width: int) -> Text:

@@ -51,6 +51,7 @@ class Page:
         await self.call("Page.enable")
         await self.resize(width, height, dark=dark)
         await self.call("Page.navigate", url=url)
+        await self.until(f"location.href === '{url}' && document.readyState === 'complete'")
 
     async def resize(self, width: int, height: int, *, dark: bool = False) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
