@@ -245,10 +245,11 @@ def _jobs(jobs: list[Json]) -> RenderableType:
     for name in ("job", "state", "done", "failed", "ETA", "slack"):
         table.add_column(name, justify="left" if name in ("job", "state") else "right")
     for job in jobs[:8]:
-        done = f"{job['completed'] + job['failed']:,} of {job['total']:,}"
-        late = job["slack"] is not None and job["slack"] < 0
-        times = duration(job["eta"]), duration(job["slack"])
-        table.add_row(job["name"], job["state"], done, f"{job['failed']:,}", *times, style="red" if late else None)
+        late = job["slack_s"] is not None and job["slack_s"] < 0
+        state = job["state"] + (f" ({job['reason']})" if job["reason"] else "")
+        counts = f"{job['done']:,} of {job['total']:,}", f"{job['failed']:,}"
+        times = duration(job["eta_s"]), duration(job["slack_s"])
+        table.add_row(job["id"], state.replace("_", " "), *counts, *times, style="red" if late else None)
     return table
 
 

@@ -61,7 +61,7 @@ class _TextFormatter(logging.Formatter):
         line += escape(record.getMessage()[:_MAX_CHARS])
         line += "".join(f" {name}={value}" for name, value in _context().items() if value not in line)
         if record.exc_info:
-            # A traceback keeps its lines, yet what it ends with may quote a client: none of them can look like a line of its own.
+            # A traceback keeps its lines, yet its end may quote a client: none of them can look like a line of its own.
             line += "".join("\n  | " + escape(part) for part in self.formatException(record.exc_info).split("\n"))
         return line
 
