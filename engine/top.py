@@ -72,7 +72,7 @@ class Source:
                 return body
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
-                raise Unreachable(f"{self._url} asks for a key: --api-key-file FILE") from None
+                raise Unreachable(f"{self._url} asks for the admin key: --admin-api-key-file FILE") from None
             raise Unreachable(f"{self._url}: {_reason(error)}") from None
         except (OSError, ValueError) as error:
             raise Unreachable(f"{self._url}: {getattr(error, 'reason', None) or error}") from None
@@ -273,7 +273,7 @@ def _events(state: Json) -> RenderableType:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine.top", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="of the server (%(default)s)")
-    parser.add_argument("--api-key-file", metavar="FILE", help="the key, where the server asks for one: the file's first line")
+    parser.add_argument("--admin-api-key-file", metavar="FILE", help="holds the admin key, where the server asks for one")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks (%(default)s)")
     parser.add_argument("--once", action="store_true", help="look once, print, and end")
     return parser
@@ -286,11 +286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.interval <= 0:
         parser.error("--interval must be above 0")
     key = None
-    if args.api_key_file is not None:
+    if args.admin_api_key_file is not None:
         try:
-            key = (Path(args.api_key_file).read_text(encoding="ascii").splitlines() or [""])[0].strip()
+            key = (Path(args.admin_api_key_file).read_text(encoding="ascii").splitlines() or [""])[0].strip()
         except (OSError, ValueError) as error:
-            parser.error(f"--api-key-file {args.api_key_file}: {error}")
+            parser.error(f"--admin-api-key-file {args.admin_api_key_file}: {error}")
     url = args.url if "://" in args.url else "http://" + args.url
     if not url.startswith(("http://", "https://")):
         parser.error(f"{args.url} is not the address of a server; write for example http://127.0.0.1:8000")

@@ -62,9 +62,10 @@ async def test_the_page_is_public_and_its_policy_strict(engine: Engine) -> None:
 
 
 async def test_what_it_shows_needs_a_key(engine: Engine) -> None:
-    async with serving(engine, api_key=("a",)) as server:
+    async with serving(engine, api_key=("k",), admin_api_key=("a",)) as server:
         for path in ("/debug/state", "/debug/timeline"):
             assert (await server.get(path))[0] == 401
+            assert (await server.get(path, headers={"Authorization": "Bearer k"}))[0] == 403, "not for every client"
             assert (await server.get(path, headers={"Authorization": "Bearer a"}))[0] == 200
 
 
@@ -220,7 +221,7 @@ async def test_the_page_in_a_browser(pair: Engine, tmp_path: Path) -> None:
 
 @browser
 async def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(engine: Engine, tmp_path: Path) -> None:
-    async with serving(engine, api_key=("geheim",)) as server, browsing(tmp_path) as page:
+    async with serving(engine, api_key=("k",), admin_api_key=("geheim",)) as server, browsing(tmp_path) as page:
         await page.open(server.url + "/dashboard")
         await page.until("!document.getElementById('gate').hidden")
         await page.value(ENTER.format("falsch"))

@@ -54,10 +54,10 @@ async def test_once(engine: Engine) -> None:
 async def test_with_a_key(engine: Engine, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("geheim\n")
-    async with serving(engine, api_key=("geheim",)) as server:
+    async with serving(engine, api_key=("k",), admin_api_key=("geheim",)) as server:
         status, _, err = await top(server.url, "--once")
-        assert status == 1 and "asks for a key" in err and "Traceback" not in err
-        status, out, _ = await top(server.url, "--once", "--api-key-file", str(file))
+        assert status == 1 and "asks for the admin key" in err and "Traceback" not in err
+        status, out, _ = await top(server.url, "--once", "--admin-api-key-file", str(file))
         assert status == 0 and "Sluice ready" in out
 
 
@@ -69,7 +69,7 @@ async def test_nobody_there_and_somebody_else(engine: Engine) -> None:
         assert status == 1 and "being loaded" in err
 
 
-@pytest.mark.parametrize("arguments", [["ftp://x"], ["--interval", "0"], ["--api-key-file", "/nowhere"], ["--nonsense"]])
+@pytest.mark.parametrize("arguments", [["ftp://x"], ["--interval", "0"], ["--admin-api-key-file", "/nowhere"], ["--nonsense"]])
 def test_wrong_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
