@@ -1,7 +1,7 @@
 """The CPU kernels against their alternatives and against the machine: `python bench/kernels_cpu.py`.
 
-Prints what memory and arithmetic of this machine can do, then for linears, single-token attention and whole steps of a
-SmolLM2-135M-shaped model (random weights) the median and the spread of each alternative. Alternatives are run in turn
+Prints what memory and arithmetic of this machine can do, then for linears, attention (single tokens, prompts) and whole steps
+of a SmolLM2-135M-shaped model (random weights) the median and the spread of each alternative. Alternatives are run in turn
 (A B A B ...), so that a disturbance hits all of them alike. Nothing else should be running.
 """
 
@@ -134,6 +134,22 @@ def attention(repeats: int, read: float) -> None:
         show(f"attention, {rows} x {CONTEXT} tokens", calls, repeats, 1e3 * rows * (CONTEXT + 1) * 2 * 192 * 4 / read)
 
 
+def prompts(repeats: int, flops: float) -> None:
+    """One layer's attention of a prompt's tokens, pages scattered, against what of each tile of scores must be computed."""
+    for start, count in ((0, 512), (1536, 512), (0, 64)):
+        pages = -(-(start + count) // PAGE)
+        kv = torch.randn(pages, 30, 2, PAGE, 3, 64)
+        meta = BatchMeta((start,), (count,), (0,), (torch.randperm(pages).tolist(),))
+        q, k, v = (torch.randn(count, heads, 64) for heads in (9, 3, 3))
+        calls: Alternatives = {}
+        for name, make in (("gather + sdpa", TorchAttention), ("tiles over pages", make_attention)):
+            kernel = make(kv)
+            handle = kernel.plan(meta)
+            calls[name] = lambda a=kernel, h=handle, qkv=(q, k, v): a.run(h, 15, *qkv, None)
+        operations = 4 * 576 * count * (start + (count + 1) / 2)
+        show(f"attention, {count} tokens behind {start}", calls, repeats, 1e3 * operations / flops)
+
+
 def make_runner(spec: ModelSpec, weights: dict[str, torch.Tensor], compiled: bool) -> ModelRunner:
     layout = KVLayout.fit(
         num_layers=spec.num_layers, page_size=PAGE, num_kv_heads=3, head_dim=64, dtype=torch.float32, slab_bytes=6 << 20
@@ -197,6 +213,7 @@ def main() -> None:
             linears(args.repeats, read, flops)
         if args.only in (None, "attention"):
             attention(args.repeats, read)
+            prompts(args.repeats, flops)
         if args.only in (None, "steps"):
             steps(args.layers, args.repeats, read, flops)
 

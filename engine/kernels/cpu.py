@@ -16,10 +16,14 @@ import torch.nn.functional as F
 
 from engine.kernels import cpu_loops as loops
 from engine.kernels.api import BatchMeta
-from engine.kernels.reference import TorchAttention, TorchOps, attend, causal_mask
+from engine.kernels.reference import TorchAttention, TorchOps
 
 _PACKED_ROWS = 32  # rows the packed layout is chosen for; it serves one row and hundreds as well
 _PIECE = 128  # context tokens one thread attends to at a time; fixed, so that a row's sums never depend on its batch
+_TILE_ROWS = 192  # query tokens x heads of a KV head that are attended together in a prompt
+_NO_WINDOW = 1 << 40
+# Lanes of a vector, rows and vectors across of the products whose sums fit the processor's registers.
+_REGISTERS = {"AVX512": (16, 6, 4), "AVX2": (8, 6, 2), "DEFAULT": (4, 6, 4)}
 _SERIAL = 1 << 14  # numbers below which waking a second thread costs more than it saves
 
 
@@ -105,51 +109,57 @@ class _Pieces:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A row of several tokens."""
+class _Tiles:
+    """The rows of several tokens, cut into tiles."""
 
+    cuts: torch.Tensor  # [N, 6] int64, see loops.prompt_tiles
+    turn: torch.Tensor  # [1] int64: the next tile to be taken
+    tokens: int  # of the largest
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    offset: int  # of its first token in the step
+    table: int  # place of its page table in the plan's
     start: int
     count: int
-    offset: int
-    pages: torch.Tensor  # int64
 
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
     pages: torch.Tensor  # [T] int64: page of each token computed in this step
     slots: torch.Tensor  # [T] int64: its place in the page
-    tables: torch.Tensor  # page tables of the single tokens, one after another
-    singles: tuple[tuple[int, int, int], ...]  # token, place of its table, position
-    chunks: tuple[_Chunk, ...]
+    tables: torch.Tensor  # the rows' page tables, one after another
+    singles: tuple[_Row, ...]  # rows of one token
+    chunks: tuple[_Row, ...]  # rows of several
     pieces: dict[int | None, _Pieces] = field(default_factory=dict)  # by window; made when a layer first asks
-    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)  # by chunk offset and window
+    tiles: dict[int | None, _Tiles] = field(default_factory=dict)  # likewise
 
 
 class CpuAttention:
-    """`api.Attention` for float32: single tokens read their pages in place, chunks go to `scaled_dot_product_attention`."""
+    """`api.Attention` for float32. Pages are read in place: by pieces of context for single tokens, by tiles for prompts."""
 
     def __init__(self, kv: torch.Tensor) -> None:
         """`kv` is `KVLayout.view` of a window: [P, num_layers, 2, page_size, K, D] float32."""
         self._kv = kv
         self._page_size, self._num_kv_heads, self._head_dim = kv.shape[3:]
+        self._registers = _REGISTERS.get(torch.backends.cpu.get_cpu_capability(), _REGISTERS["DEFAULT"])
 
     def plan(self, meta: BatchMeta) -> CpuPlan:
         size = self._page_size
         pages: list[int] = []
         slots: list[int] = []
         tables: list[int] = []
-        singles, chunks = [], []
+        singles: list[_Row] = []
+        chunks: list[_Row] = []
         for start, count, offset, table in zip(meta.starts, meta.counts, meta.offsets, meta.tables, strict=True):
             needed = -(-(start + count) // size)
             if len(table) < needed:
                 raise ValueError(f"page table has {len(table)} pages, {needed} needed for {start + count} tokens")
             pages += [table[position // size] for position in range(start, start + count)]
             slots += [position % size for position in range(start, start + count)]
-            if count == 1:
-                singles.append((offset, len(tables), start))
-                tables += table[:needed]
-            else:
-                chunks.append(_Chunk(start, count, offset, _int64(table[:needed])))
+            (singles if count == 1 else chunks).append(_Row(offset, len(tables), start, count))
+            tables += table[:needed]
         named = pages + tables  # the loops check no index
         if named and not 0 <= min(named) <= max(named) < self._kv.shape[0]:
             raise IndexError(f"page table names a page outside 0..{self._kv.shape[0] - 1}")
@@ -163,9 +173,8 @@ class CpuAttention:
         out = torch.empty_like(q)
         if handle.singles:
             self._attend_singles(handle, layer, q, out, window)
-        for chunk in handle.chunks:
-            mine = slice(chunk.offset, chunk.offset + chunk.count)
-            out[mine] = self._attend_chunk(handle, chunk, layer, q[mine], k[mine], v[mine], window)
+        if handle.chunks:
+            self._attend_chunks(handle, layer, q, out, window)
         return out.flatten(1)
 
     def _place(self, layer: int) -> tuple[int, int, int, int]:
@@ -181,7 +190,7 @@ class CpuAttention:
         num_heads = q.shape[1]
         pieces = handle.pieces.get(window)
         if pieces is None:
-            pieces = handle.pieces[window] = _cut(handle.singles, window, num_heads, self._head_dim)
+            pieces = handle.pieces[window] = _cut_pieces(handle.singles, window, num_heads, self._head_dim)
         kernel = loops.decode_pieces(self._num_kv_heads, num_heads // self._num_kv_heads, self._head_dim)
         cuts = (pieces.cuts.data_ptr(), pieces.cuts.shape[0])
         parts = (pieces.sums.data_ptr(), pieces.tops.data_ptr(), pieces.mass.data_ptr())
@@ -190,41 +199,44 @@ class CpuAttention:
         loops.run_parallel(kernel, threads, *place, *cuts, q.data_ptr(), *parts)
         loops.run(loops.merge_pieces, *cuts, num_heads, self._head_dim, *parts, out.data_ptr())
 
-    def _attend_chunk(
-        self,
-        handle: CpuPlan,
-        chunk: _Chunk,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        window: int | None,
-    ) -> torch.Tensor:
-        behind = 0
-        if chunk.start > 0:
-            first = 0 if window is None else max(0, chunk.start - window + 1) // self._page_size
-            behind = first * self._page_size
-            end = chunk.start + chunk.count - behind
-            seen = self._kv[:, layer].index_select(0, chunk.pages[first:])  # [pages, 2, page_size, K, D]
-            k, v = (seen[:, side].flatten(0, 1)[:end] for side in (0, 1))
-        key = (chunk.offset, window)
-        if key not in handle.masks:
-            handle.masks[key] = causal_mask(chunk.start - behind, chunk.count, k.shape[0], window, q)
-        return attend(q, k, v, handle.masks[key])
+    def _attend_chunks(self, handle: CpuPlan, layer: int, q: torch.Tensor, out: torch.Tensor, window: int | None) -> None:
+        group = q.shape[1] // self._num_kv_heads
+        tiles = handle.tiles.get(window)
+        if tiles is None:
+            tiles = handle.tiles[window] = _cut_tiles(handle.chunks, window, self._num_kv_heads, group)
+        kernel = loops.prompt_tiles(self._num_kv_heads, group, self._head_dim, *self._registers)
+        count = tiles.cuts.shape[0]
+        work = (handle.tables.data_ptr(), tiles.cuts.data_ptr(), count, tiles.turn.zero_().data_ptr())
+        place = (*self._place(layer), self._page_size, *work, window or _NO_WINDOW)
+        threads = min(torch.get_num_threads(), count)
+        loops.run_parallel(kernel, threads, *place, q.data_ptr(), out.data_ptr(), tiles.tokens)
 
 
 def _int64(values: Sequence[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _cut(singles: tuple[tuple[int, int, int], ...], window: int | None, num_heads: int, head_dim: int) -> _Pieces:
+def _cut_pieces(rows: Sequence[_Row], window: int | None, num_heads: int, head_dim: int) -> _Pieces:
     cuts = []
-    for token, table, position in singles:
-        first = 0 if window is None else max(0, position + 1 - window)
-        cuts += [(token, table, at, min(at + _PIECE, position + 1)) for at in range(first, position + 1, _PIECE)]
+    for row in rows:
+        end = row.start + 1
+        first = 0 if window is None else max(0, end - window)
+        cuts += [(row.offset, row.table, at, min(at + _PIECE, end)) for at in range(first, end, _PIECE)]
     n = len(cuts)
     room = (torch.empty(n, width) for width in (num_heads * head_dim, num_heads, num_heads))
     return _Pieces(_int64(cuts), *room)
+
+
+def _cut_tiles(rows: Sequence[_Row], window: int | None, num_kv_heads: int, group: int) -> _Tiles:
+    most = max(1, _TILE_ROWS // group)
+    cuts = []
+    for row in rows:
+        for begin in range(0, row.count, most):
+            position, tokens = row.start + begin, min(most, row.count - begin)
+            first = 0 if window is None else max(0, position + 1 - window) // loops.TILE_KEYS * loops.TILE_KEYS
+            cuts += [(row.offset + begin, tokens, position, row.table, head, first) for head in range(num_kv_heads)]
+    cuts.sort(key=lambda cut: cut[1] * (cut[5] - cut[2]))  # the longest first, so that the threads end together
+    return _Tiles(_int64(cuts), _int64([0]), max(cut[1] for cut in cuts))
 
 
 def make_attention(kv: torch.Tensor) -> CpuAttention | TorchAttention:

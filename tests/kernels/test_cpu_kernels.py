@@ -22,6 +22,8 @@ CASES = [
     Case("long", starts=(301,), counts=(1,)),
     Case("mixed", starts=(140, 0, 5, 17, 0), counts=(1, 19, 3, 1, 1)),
     Case("chunks only", starts=(0, 33), counts=(17, 20)),
+    Case("tile edges", starts=(0, 63, 64), counts=(64, 3, 2)),
+    Case("long prompts", starts=(0, 130), counts=(130, 70)),
 ]
 HEADS = [(4, 4, 16), (6, 2, 24), (9, 3, 64)]  # H, K, D
 
@@ -104,6 +106,29 @@ def test_attention_scores_far_apart() -> None:
     attention = cpu.CpuAttention(kv)
     actual = attention.run(attention.plan(case.meta(tables)), 1, q, k, v, None)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("cut", [64, 97, 198])
+def test_attention_of_a_prompt_has_the_same_bits_however_it_is_cut(cut: int, window: int | None) -> None:
+    whole = Case("whole", starts=(0,), counts=(200,))
+    kv = make_kv(whole, num_kv_heads=3, head_dim=64, dtype=torch.float32)
+    tables = fill_context(whole, kv)
+    q, k, v = (torch.randn(200, heads, 64) for heads in (9, 3, 3))
+    attention = cpu.CpuAttention(kv)
+    expected = attention.run(attention.plan(whole.meta(tables)), 1, q, k, v, window)
+    for part in (slice(0, cut), slice(cut, 200)):
+        handle = attention.plan(Case("part", starts=(part.start,), counts=(part.stop - part.start,)).meta(tables))
+        actual = attention.run(handle, 1, q[part], k[part], v[part], window)
+        assert torch.equal(actual, expected[part])
+
+
+@pytest.mark.parametrize("registers", [(16, 6, 4), (8, 6, 2), (4, 6, 4)], ids=["AVX512", "AVX2", "other"])
+def test_prompt_attention_in_every_shape_of_registers(registers: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor here has, the products for others are right too."""
+    monkeypatch.setattr(cpu, "_REGISTERS", {"DEFAULT": registers})
+    case = CASES[4]
+    attend(case, make_kv(case, num_kv_heads=3, head_dim=64, dtype=torch.float32), HEADS[2], None)
 
 
 @pytest.mark.parametrize("pages", [(0,), (0, 99), (-1, 0)], ids=str)
