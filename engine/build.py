@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -32,13 +32,17 @@ from engine.spec import ModelSpec, load_spec
 from engine.types import SamplingParams, Tenant
 
 if TYPE_CHECKING:
-    from engine.memory.window import HostWindow
+    from engine.kernels.select import Backend
+    from engine.memory.window import Window
+
+    MakeWindow = Callable[[int, int], Window]  # slabs, bytes of a slab
 
 logger = logging.getLogger(__name__)
 
 _KV_SHARE = 0.25  # of the machine's available memory, unless --kv-cache-memory says otherwise
 _KV_CEILING = 8 * 2**30
 _LIBRARY_BYTES = 2 * 2**30  # of a GPU, for one process
+_SHARED_SLAB_BYTES = 32 * 2**20  # on a GPU; made up to four times as large if that wastes less
 _HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -59,7 +63,7 @@ class BuiltModel:
     runner: Runner
     num_slabs: int
     pages_per_slab: int
-    window: HostWindow | None = None  # whose slabs another process can take
+    window: Window | None = None  # whose slabs another process can take
 
 
 def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
@@ -68,10 +72,10 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
     from engine.kernels.select import device_memory
 
     device = device_memory(config.device)
-    if device is not None and len(specs) > 1:
-        raise InvalidConfig("two models cannot share a GPU yet: serve one model, for both tenants, or use --device cpu")
     pages = [_page_bytes(config, spec) for spec in specs]
     granularity, least = (_HOST_PAGE, config.slab_size) if device is None else (device.granule, device.slab_bytes)
+    if device is not None and len(specs) > 1:
+        least = _SHARED_SLAB_BYTES
     slab_bytes = fit_slab(pages, granularity=granularity, slab_bytes=max(least, config.slab_size))
     if config.kv_cache_memory is not None:
         wanted = config.kv_cache_memory
@@ -81,12 +85,23 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
         if device is None:
             allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
         else:
-            needed = sum(_weight_bytes(config, spec) + _work_bytes(config, spec) for spec in specs)
-            allowed = int(config.gpu_memory_utilization * device.total) - device.used - needed
+            weights, work = (sum(size(config, spec) for spec in specs) for size in (_weight_bytes, _work_bytes))
+            sinks = slab_bytes * len(specs) if len(specs) > 1 else 0
+            allowed = int(config.gpu_memory_utilization * device.total) - device.used - weights - work - sinks
+            if len(specs) > 1 and allowed < slab_bytes * len(specs):
+                raise InvalidConfig(
+                    f"two models do not fit this GPU: of {_gib(device.total)} others use {_gib(device.used)}, and weights "
+                    f"({_gib(weights)}) and work space ({_gib(work)}) of both models leave no slab of KV for each; raise "
+                    "--gpu-memory-utilization, lower --max-num-batched-tokens or --max-num-seqs, or take smaller models"
+                )
         wanted = min(max(config.max_num_seqs * longest, slab_bytes * len(specs)), allowed)
     if wanted < slab_bytes * len(specs):
         raise InvalidConfig(f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; give it more")
     return Memory(wanted // slab_bytes, slab_bytes)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def pages_in(config: EngineConfig, spec: ModelSpec, memory: Memory) -> int:
@@ -97,11 +112,17 @@ def pages_in(config: EngineConfig, spec: ModelSpec, memory: Memory) -> int:
 
 
 def load_model(
-    config: EngineConfig, *, memory: Memory | None = None, window_fd: int | None = None, progress: bool = True
+    config: EngineConfig,
+    *,
+    memory: Memory | None = None,
+    make_window: MakeWindow | None = None,
+    before_layer: Callable[[], None] | None = None,
+    progress: bool = True,
 ) -> BuiltModel:
     """Read the checkpoint, pack its weights for the device and reserve its KV window.
 
-    `memory` is given where two models share it; `window_fd` where the window's memory file was made by another process.
+    `memory` is given where two models share it; `make_window` where the window's memory is another process's; `before_layer` is
+    called in the thread that launches, before it does so.
     """
     import torch
 
@@ -110,17 +131,22 @@ def load_model(
     # than cores and send them all to sleep between two operations, which makes a small step half as long again.
     torch.set_num_threads(1)
     try:
-        return _load_model(config, memory, window_fd, progress)
+        return _load_model(config, memory, make_window, before_layer, progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _load_model(config: EngineConfig, memory: Memory | None, window_fd: int | None, progress: bool) -> BuiltModel:
+def _load_model(
+    config: EngineConfig,
+    memory: Memory | None,
+    make_window: MakeWindow | None,
+    before_layer: Callable[[], None] | None,
+    progress: bool,
+) -> BuiltModel:
     import torch
 
     from engine.kernels.api import AttentionShape, KVLayout
     from engine.kernels.select import load_backend
-    from engine.memory.window import HostWindow, TensorWindow, Window
     from engine.model import Model
     from engine.runner import ModelRunner
     from engine.weights import load_weights, random_weights
@@ -144,13 +170,16 @@ def _load_model(config: EngineConfig, memory: Memory | None, window_fd: int | No
         weights = random_weights(spec, dtype, config.seed, backend.device)
     else:
         weights = load_weights(path, spec, dtype, progress)
-    host_window = None if backend.own_memory else HostWindow(memory.num_slabs, layout.slab_bytes, window_fd)
-    window: Window = host_window or TensorWindow(memory.num_slabs, layout.slab_bytes, backend.device)
+    is_shared = make_window is not None or config.offline_model is not None
+    make_window = make_window or _window_maker(backend, is_shared)
+    window = make_window(memory.num_slabs, layout.slab_bytes)
     attention = backend.attention(
         layout.view(window.tensor, num_pages),
         AttentionShape(spec.num_heads, config.max_num_batched_tokens, config.max_num_seqs, spec.windows),
     )
     model = Model(spec, weights, backend.ops, attention, dtype, device=backend.device, max_len=longest)
+    if before_layer is not None:
+        model.before_layer = before_layer
     backend.trim()
     logger.info(
         "%s on %s in %s: KV memory %.2f GiB, %d tokens",
@@ -162,7 +191,22 @@ def _load_model(config: EngineConfig, memory: Memory | None, window_fd: int | No
     runner = ModelRunner(model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs)
     # A device's memory must do for the largest step; a processor only has kernels to load.
     _warm_up(runner, config, min(longest, config.max_num_batched_tokens if backend.own_memory else 32))
-    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, host_window)
+    lendable = window if is_shared or not backend.own_memory else None
+    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, lendable)
+
+
+def _window_maker(backend: Backend, is_shared: bool) -> MakeWindow:
+    """Memory for one process alone, or to be lent slab by slab. Host memory can be lent always."""
+    from engine.memory.window import HostWindow, TensorWindow
+
+    if not backend.own_memory:
+        return HostWindow
+    if not is_shared:
+        return lambda num_slabs, slab_bytes: TensorWindow(num_slabs, slab_bytes, backend.device)
+    from engine.memory.cuda_vmm import CudaVmm, CudaWindow
+
+    driver = CudaVmm(backend.device.index or 0)
+    return lambda num_slabs, slab_bytes: CudaWindow(num_slabs, slab_bytes, driver)
 
 
 def _warm_up(runner: Runner, config: EngineConfig, count: int) -> None:

@@ -6,6 +6,7 @@ Looks and tries, changes nothing, and reports a failing check as a finding. Exit
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -24,7 +25,7 @@ from engine.config import cache_dir
 _PACKAGES = ("torch", "triton", "flashinfer-python", "cuda-python", "numba", "transformers", "tokenizers", "msgspec", "aiohttp")
 _NEEDED = ("torch", "tokenizers", "msgspec", "aiohttp")
 _MARKS = {"ok": "+", "missing": "-", "failed": "!"}
-_TOPICS = ("python", "packages", "cpu", "gpu", "driver", "kernels", "gates", "memory", "files")
+_TOPICS = ("python", "packages", "cpu", "gpu", "driver", "kernels", "gates", "memory", "colocation", "files")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ def _kernels() -> Iterator[Finding]:
 def _gates() -> Iterator[Finding]:
     """What stops the offline model's process. Whether a rung really stops it is probed when that process starts."""
     yield _channel_gate()
+    yield _stream_gate()
     try:
         os.close(os.pidfd_open(os.getpid()))
         yield Finding("gates", "process", "ok", "SIGSTOP through a pidfd; for workers on a CPU")
@@ -142,6 +144,7 @@ def _gates() -> Iterator[Finding]:
     yield Finding("gates", "layer", "ok", "a word of shared memory, polled between layers; on any device")
 
 
+@functools.cache
 def _channel_gate() -> Finding:
     from nvdriver.api import open_gate
     from nvdriver.errors import NvDriverError
@@ -152,6 +155,51 @@ def _channel_gate() -> Finding:
             return Finding("gates", "channel", "ok", text)
     except NvDriverError as error:
         return Finding("gates", "channel", "missing", f"{type(error).__name__}: {_first_line(error)}")
+
+
+@functools.cache
+def _stream_gate() -> Finding:
+    from engine.kernels import cuda
+
+    if reason := cuda.unavailable():
+        return Finding("gates", "stream", "missing", f"not tried: {reason}")
+    from engine.colocate.cuda_gate import try_barrier
+    from engine.errors import InvalidConfig
+
+    try:
+        if try_barrier():
+            return Finding("gates", "stream", "ok", "a kernel queued behind a closed barrier waited for it to open")
+        return Finding("gates", "stream", "failed", "a kernel queued behind a closed barrier ran all the same")
+    except InvalidConfig as error:
+        return Finding("gates", "stream", "missing", _first_line(error))
+
+
+def _colocation() -> Iterator[Finding]:
+    """What --offline-model would use here, and why nothing better."""
+    from engine.colocate.gate import rungs
+    from engine.kernels.select import resolve_device
+
+    device = resolve_device("auto")
+    known = {finding.name: finding for finding in _gates()}
+    better: list[str] = []
+    for rung in rungs("auto", device):
+        finding = known.get(rung)
+        if finding is None or finding.state == "ok":
+            break
+        better.append(f"not {rung} ({finding.text})")
+    text = "; ".join([f"--offline-model on {device} would try the gate {rung} first", *better])
+    yield Finding("colocation", "gate", "ok" if rung != "none" else "failed", text)
+    if device == "cpu":
+        yield Finding("colocation", "slabs", "ok", "host memory: taken from a process that stands still by punching holes")
+        return
+    from engine.errors import InvalidConfig
+    from engine.memory.cuda_vmm import CudaVmm
+
+    try:
+        granule = CudaVmm().granularity() >> 20
+        yield Finding("colocation", "slabs", "ok", f"GPU memory by CUDA's virtual memory calls, in multiples of {granule} MiB")
+    except InvalidConfig as error:
+        yield Finding("colocation", "slabs", "failed", f"two models cannot share this GPU: {_first_line(error)}")
 
 
 def _memory() -> Iterator[Finding]:
@@ -188,6 +236,7 @@ _CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "kernels": _kernels,
     "gates": _gates,
     "memory": _memory,
+    "colocation": _colocation,
     "files": _files,
 }
 

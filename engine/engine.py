@@ -138,11 +138,13 @@ class Engine:
     def _share_with(self, offline: Served, built: BuiltModel) -> ExclusiveSharing:
         """Start the offline model's worker and wait until it is ready, or known not to become so."""
         from engine.colocate.exclusive import ExclusiveSharing
+        from engine.kernels.select import resolve_device
 
+        device = resolve_device(self.config.device)
         assert built.window is not None
         memory, call = self._models.memory, self._loop.call
         sharing = ExclusiveSharing(
-            self.config, offline.config, memory, self._core, built.window, call, self._deliver, timeline=self.timeline
+            self.config, offline.config, memory, self._core, device, built.window, call, self._deliver, timeline=self.timeline
         )
         try:
             if not sharing.wait_ready():

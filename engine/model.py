@@ -11,6 +11,7 @@ Shapes: T tokens of the step over all rows, H query heads, K KV heads, D head si
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class Model:
         `max_len` bounds the positions that will be asked for (default: all that the spec allows); rotations are tabulated
         up to it, 4 * D bytes a position.
         """
+        self.before_layer: Callable[[], None] = lambda: None  # queues on the device, between two layers, in graphs too
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
@@ -93,6 +95,7 @@ class Model:
         Writes the KV of the step's tokens into the pages of this layer; `attn_handle` is `Attention.plan`'s.
         """
         layer, ops, eps = self._layers[index], self._ops, self.spec.rms_eps
+        self.before_layer()
         if residual is None:
             residual, hidden = hidden, ops.rms_norm(hidden, layer.input_norm, eps)
         else:

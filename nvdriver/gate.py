@@ -170,11 +170,12 @@ class ChannelGate:
         if self._pid != self._host.pid():
             return  # at exit of a forked child: the gate, and perhaps its lock, belong to the parent
         with self._changed:
-            self.thaw()
-            if self._state is State.THAWED:
-                self._restore_time_slice()
+            if self._owner is None or self._owner.is_alive():
+                self.thaw()
+                if self._state is State.THAWED:
+                    self._restore_time_slice()
             if self._state is not State.CLOSED:
-                self._shut()
+                self._shut()  # of a dead owner's channels nothing is enabled: what they were doing is nobody's any more
         self._watchdog.stop()
         atexit.unregister(self.close)
 

@@ -129,6 +129,9 @@ class FakeVmm:
         self._collect(allocation)
         self.kernel()
 
+    def synchronize(self) -> None:
+        self._call("synchronize")
+
     # -- what kernels do
 
     def at(self, address: int) -> tuple[Allocation, int]:

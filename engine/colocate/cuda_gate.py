@@ -52,6 +52,8 @@ _AGAIN_SECONDS = 0.25
 _SWITCH_SECONDS = 200e-6  # longest another Python thread keeps the agent waiting; the default is 5 ms
 _GUARD_LEASE_SECONDS = 2 * LEASE_SECONDS  # a main process that only stalled hears of it from its own gate first
 _REMAP_LIMIT_SECONDS = 0.5
+_NO_GRANT = b"no channels"
+_TRY_SECONDS = 0.02
 
 
 # -- the main process
@@ -71,6 +73,9 @@ class StreamGate:
     def wait_stopped(self, seconds: float) -> None:
         pass  # it ends its layer first; whoever waited for that would wait longer than its own first layer takes
 
+    def keep(self) -> None:
+        pass
+
     def thaw(self) -> None:
         self._control[Word.FROZEN] = Freeze.NO
 
@@ -89,12 +94,15 @@ class AgentGate:
     def wait_stopped(self, seconds: float) -> None:
         _wait(lambda: bool(self._control[Word.HELD]), seconds)
 
+    def keep(self) -> None:
+        pass  # the agent follows main's heartbeat
+
     def thaw(self) -> None:
         self._control[Word.FROZEN] = Freeze.NO
 
 
 class GrantedGate:
-    """Switches the worker's channels off from here. `freeze` also renews the lease: repeat it well within `LEASE_SECONDS`.
+    """Switches the worker's channels off from here, on a lease of `LEASE_SECONDS`, which `keep` renews.
 
     The worker's agent may remap slabs as long as FROZEN says HELD_BY_MAIN, so that is the last thing to be said when freezing
     and the first to be taken back when thawing.
@@ -119,6 +127,9 @@ class GrantedGate:
     def wait_stopped(self, seconds: float) -> None:
         pass  # `freeze` returned when none of the channels was running
 
+    def keep(self) -> None:
+        self.freeze()
+
     def thaw(self) -> None:
         if self._control[Word.FROZEN] >= Freeze.HELD_BY_MAIN:
             self._control[Word.FROZEN] = Freeze.BY_MAIN
@@ -128,7 +139,7 @@ class GrantedGate:
         self._control[Word.FROZEN] = Freeze.NO
 
     def close(self) -> None:
-        """Thaw and let go of the worker's descriptors, which would keep a dead worker's memory alive."""
+        """Let go of the worker's descriptors, which would keep a dead worker's memory alive; a living worker thaws."""
         with _survived("close the worker's channels"):
             self._channels.close()
 
@@ -147,6 +158,8 @@ class GrantedGate:
 def open_granted(control: ControlPage, sock: socket.socket) -> GrantedGate:
     """The gate on what the worker's `grant` sent over a SOCK_SEQPACKET socket. Raises InvalidConfig with the reason."""
     try:
+        if sock.recv(len(_NO_GRANT), socket.MSG_PEEK) == _NO_GRANT:
+            raise InvalidConfig("no channel gate: the worker has no channels to grant")
         grant, files = receive_grant(sock)
         return GrantedGate(control, open_gate(grant, files, options=_options(LEASE_SECONDS)))
     except NvDriverError as error:
@@ -188,11 +201,15 @@ class StreamBarrier:
             if not self._draining:
                 self._word.value = int(closed)
 
-    def drain(self, synchronize: Callable[[], None]) -> None:
-        """Let the device run out what was launched, also while closed. By the thread that launches, so it ends."""
+    def run_out(self) -> None:
+        """Let the device run out what was launched, also while closed, until `drain` was called."""
         with self._lock:
             self._draining = True
             self._word.value = 0
+
+    def drain(self, synchronize: Callable[[], None]) -> None:
+        """Run out, and wait for it. By the thread that launches, so it ends."""
+        self.run_out()
         try:
             synchronize()
         finally:
@@ -228,10 +245,10 @@ class Agent:
         self._thread: threading.Thread | None = None
         control[Word.HELD] = 0  # whatever the worker before this one left there
 
-    def start(self, attach: Callable[[], None] = lambda: None) -> None:
-        """Look from now on, in a thread that `attach` makes ready for calls to the driver."""
+    def start(self) -> None:
+        """Look from now on, in a thread of its own."""
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
-        self._thread = threading.Thread(target=self._run, args=(attach,), name="gate-agent", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="gate-agent", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -255,8 +272,7 @@ class Agent:
         if self._slabs is not None and self._slabs.is_behind:
             self._let_go(self._slabs)
 
-    def _run(self, attach: Callable[[], None]) -> None:
-        attach()
+    def _run(self) -> None:
         while not self._stop.wait(_LOOK_SECONDS):
             try:
                 self.look()
@@ -285,7 +301,10 @@ class Agent:
             self._refused = None
 
     def _let_go(self, slabs: OfflineWindow) -> None:
-        """At once if the channels are off, whoever switched them; else by the engine's thread when it comes by."""
+        """At once if the channels are off, whoever switched them; else by the engine's thread when it comes by.
+
+        That thread may be waiting for layers behind the closed barrier: those that were launched run out.
+        """
         if self._channels is not None:
             # Within this they cannot come on: our watchdog waits for us, and main takes its word back before it thaws.
             with _survived("remap while frozen"), self._channels.remapping():
@@ -296,6 +315,7 @@ class Agent:
         if self._settled != generation:
             self._settled = generation
             self._settle()
+            self._barrier.run_out()
 
     def _are_off(self, channels: ChannelGate) -> bool:
         """Surely off. Main's word counts unless it was silent since: the guard may have switched them on then."""
@@ -320,9 +340,10 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """`Device` by torch, on the current device."""
+    """`Device` by torch, on the current device; makes this process's context."""
 
     def __init__(self) -> None:
+        self.index = torch.cuda.current_device()
         self._scratch = torch.zeros(1 << 22, device="cuda")
 
     def stream(self) -> int:
@@ -382,6 +403,11 @@ def grant(sock: socket.socket, channels: ChannelGate) -> None:
     send_grant(sock, *make_grant(channels))
 
 
+def refuse_grant(sock: socket.socket) -> None:
+    """Say at the other end of that socket that there is nothing to grant."""
+    sock.send(_NO_GRANT)
+
+
 class CudaStreams:
     """`StreamOps` by cuda-python. Raises InvalidConfig where it is missing."""
 
@@ -409,6 +435,44 @@ class CudaStreams:
         if status != self._cuda.CUresult.CUDA_SUCCESS:
             raise InvalidConfig(f"no stream gate: {name}: {status.name}; use --gate layer")
         return results[0] if results else None
+
+
+class NoStreams:
+    """`StreamOps` where streams cannot wait for a word: the probe sees that nothing stops."""
+
+    def make_word(self) -> tuple[Any, int]:
+        return ctypes.c_uint32(0), 0
+
+    def wait_zero(self, stream: int, address: int) -> None:
+        pass
+
+
+def open_barrier(stream: int) -> StreamBarrier:
+    """The barrier of this process's device; one that holds nothing, and the reason in the log, if streams cannot wait here."""
+    try:
+        barrier = StreamBarrier(CudaStreams())
+        barrier.put(stream)  # open, so it holds nothing
+        return barrier
+    except InvalidConfig as reason:
+        logger.warning("%s", reason)
+        return StreamBarrier(NoStreams())
+
+
+def try_barrier() -> bool:
+    """Whether a kernel behind a closed barrier waits on this process's device, and runs when it opens. Raises InvalidConfig."""
+    device, barrier = CudaDevice(), StreamBarrier(CudaStreams())
+    done = torch.cuda.Event()
+    barrier.set(True)
+    try:
+        barrier.put(device.stream())
+        device.work()
+        done.record()
+        time.sleep(_TRY_SECONDS)
+        waited = not done.query()
+    finally:
+        barrier.set(False)
+    device.synchronize()
+    return waited
 
 
 # -- both

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from engine.build import Memory
 from engine.clock import Clock, MonotonicClock
 from engine.colocate.arbiter import Arbiter, CoolDown, State
-from engine.colocate.control import ControlPage
-from engine.colocate.gate import Gate, LayerGate, NoGate, ProbeResult, ProcessGate, cost_of, probe, rungs
+from engine.colocate.control import ControlPage, Word
+from engine.colocate.device import shared_device
+from engine.colocate.gate import Freeze, Gate, NoGate, ProbeResult, cost_of, probe
 from engine.colocate.guardian import Guardian
 from engine.colocate.lending import SlabLender
 from engine.colocate.process import OfflineProcess
@@ -31,7 +32,7 @@ from engine.memory.pages import PagePool, SlabUse, slab_use
 from engine.memory.reserve import make_reserve, most_cached
 from engine.memory.slabs import SlabPool
 from engine.memory.victims import VICTIMS, Holdings
-from engine.memory.window import HostWindow
+from engine.memory.window import Window
 from engine.timeline import Timeline
 from engine.types import Abort, Cost, Submit, Tenant
 
@@ -72,7 +73,8 @@ class SharingStats:
 class ExclusiveSharing:
     """The offline model's side of an Engine.
 
-    `deliver` gets the offline requests' tokens. Raises InvalidConfig if the wanted gate does not stop the worker.
+    `device` is a resolved name, `window` the memory that the online model runs in; `deliver` gets the offline requests' tokens.
+    Raises InvalidConfig if the wanted gate does not stop the worker.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class ExclusiveSharing:
         offline: EngineConfig,
         memory: Memory,
         core: EngineCore,
-        window: HostWindow,
+        device: str,
+        window: Window,
         run_in_engine: Callable[[Callable[[], None]], None],
         deliver: Deliver,
         clock: Clock | None = None,
@@ -90,15 +93,15 @@ class ExclusiveSharing:
         self._clock = clock or MonotonicClock()
         self._timeline = timeline or Timeline(self._clock)
         self._run_in_engine = run_in_engine
-        self._rungs = rungs(config.gate, config.device)
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._closing = False
         self._control = ControlPage(memory.num_slabs)
-        self._victim_window = HostWindow(memory.num_slabs, memory.slab_bytes)
+        self._device = shared_device(device, memory, window, self._control, lambda: self._process.end_child())
+        self._rungs = self._device.rungs(config.gate)
         self._slabs = SlabPool(memory.num_slabs, self._control.publish_slab)
         self._lender = SlabLender(
-            self._slabs, core.scheduler.kv, window, self._victim_window, self._clock,
+            self._slabs, core.scheduler.kv, self._device.window, self._device.punch, self._clock,
             reserve=make_reserve(config.reserve, memory.num_slabs),
             victims=VICTIMS[config.victims],
             holdings=self._holdings,
@@ -110,6 +113,7 @@ class ExclusiveSharing:
         )
         self._gate: Gate = NoGate()
         self._gate_name = config.gate
+        self._way = "none"  # of `SharedDevice.gate`, as soon as it is known
         self._pid: int | None = None
         self._probe: ProbeResult | None = None
         fixed = None if config.cooldown_ms is None else config.cooldown_ms / 1e3
@@ -122,9 +126,8 @@ class ExclusiveSharing:
         self._guardian = Guardian(self._control)
         self._guardian.start()
         self._process = OfflineProcess(
-            offline, memory, self._control, self._victim_window.fileno(),
-            deliver=deliver, started=self._worker_started, ended=self._worker_ended,
-            timeline=self._timeline,
+            offline, memory, self._control, self._device.worker_fd, deliver=deliver, started=self._worker_started,
+            ready=self._worker_ready, ended=self._worker_ended, gone=self._device.gone, timeline=self._timeline,
         )  # fmt: skip
         self._ticker = threading.Thread(target=self._tick, name="arbiter", daemon=True)
         self._ticker.start()
@@ -141,10 +144,11 @@ class ExclusiveSharing:
     def _choose_gate(self) -> bool:
         """False if the worker died meanwhile, which says nothing about the gate."""
         pid = self._pid
-        for name in self._rungs:
+        for way in (way for rung in self._rungs for way in self._device.ways(rung)):
             with self._lock:
-                self._gate = self._make_gate(name)
-            if name == "none":
+                self._way = way
+                self._set_gate()
+            if way == "none":
                 break
             self._process.spin(True)
             self._probe = probe(self._gate, self._control)
@@ -161,28 +165,29 @@ class ExclusiveSharing:
             self._arbiter.cool_down.set_cost(cost_of(self._probe))
         return True
 
-    def _make_gate(self, name: str) -> Gate:
-        if name in ("channel", "stream"):
-            from engine.colocate.cuda_gate import AgentGate, StreamGate
-
-            return AgentGate(self._control) if name == "channel" else StreamGate(self._control)
-        if name == "process" and self._pid is not None:
-            return ProcessGate(self._control, self._pid)
-        return LayerGate(self._control) if name == "layer" else NoGate()
+    def _set_gate(self) -> None:
+        """The chosen gate, for the worker there is now. Under the lock."""
+        self._gate = self._device.gate(self._way, self._pid)
+        if self._arbiter.frozen:
+            self._gate.freeze()
 
     def _worker_started(self, pid: int) -> None:
         with self._lock:
             self._pid = pid
             self._guardian.watch(pid)
-            self._gate = self._make_gate(self._gate_name)
-            if self._arbiter.frozen:
-                self._gate.freeze()
+            self._set_gate()
+        self._device.started()
+
+    def _worker_ready(self) -> None:
+        self._device.ready()
+        with self._lock:
+            self._set_gate()
 
     def _worker_ended(self, pid: int) -> None:
         with self._lock:
             self._pid = None
-            self._gate.thaw()  # the next one may be born into an idle moment
             self._gate = NoGate()
+            self._control[Word.FROZEN] = Freeze.NO  # the next one may be born into an idle moment
 
     # -- online requests
 
@@ -265,8 +270,10 @@ class ExclusiveSharing:
         with self._lock:
             now = self._clock.now()
             self._account(now)
-            if rescued and self._arbiter.frozen:
-                self._gate.freeze()  # this process stood still so long that the guardian let the worker go
+            if self._arbiter.frozen:
+                if rescued:
+                    self._gate.freeze()  # this process stood still so long that the guardian let the worker go
+                self._gate.keep()
             if self._arbiter.poll(now):
                 self._account(now)
                 self._thaw("online work is done", now)
@@ -354,5 +361,5 @@ class ExclusiveSharing:
         self._process.close()
         self._guardian.close()
         self._lender.close()
-        self._victim_window.close()
+        self._device.close()
         self._control.close()

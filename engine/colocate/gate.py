@@ -43,6 +43,10 @@ class Gate(Protocol):
         """After `freeze`: wait until the worker stands still, as far as that can be known at once; `seconds` at most."""
         ...
 
+    def keep(self) -> None:
+        """Ten times a second while frozen: for gates whose hold is a lease."""
+        ...
+
     def thaw(self) -> None: ...
 
 
@@ -72,6 +76,9 @@ class ProcessGate:
             while os.waitid(os.P_PIDFD, self._pidfd, stopped) is None and time.monotonic() < deadline:  # noqa: TID251
                 time.sleep(0)
 
+    def keep(self) -> None:
+        pass
+
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
         self._control[Word.FROZEN] = 0
@@ -97,6 +104,9 @@ class LayerGate:
     def wait_stopped(self, seconds: float) -> None:
         pass  # it ends its layer first; whoever waited for that would wait longer than its own first layer takes
 
+    def keep(self) -> None:
+        pass
+
     def thaw(self) -> None:
         self._control[Word.FROZEN] = 0
 
@@ -111,6 +121,9 @@ class NoGate:
 
     def wait_stopped(self, seconds: float) -> None:
         pass  # it never stops
+
+    def keep(self) -> None:
+        pass
 
     def thaw(self) -> None:
         pass

@@ -1,8 +1,9 @@
 """SlabLender: moves slabs between the online pool and the offline worker, and bounds how often it must.
 
 Called in the online engine's thread only. Online takes at once, while the worker stands still: owner and epoch are flipped in
-the control page, the slab joins online's pool, and the memory that the worker still has there is punched out by a thread off
-the online path. What online does not need goes back in quiet periods, down to the reserve's headroom.
+the control page, the slab joins online's pool, and in host memory what the worker still has there is punched out by a thread
+off the online path (on a GPU the worker lets go first; the window waits for that). What online does not need goes back in
+quiet periods, down to the reserve's headroom.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from engine.memory.pages import PageState
 from engine.memory.reserve import Reserve
 from engine.memory.slabs import SlabPool
 from engine.memory.victims import Holdings, Victims
-from engine.memory.window import HostWindow
+from engine.memory.window import Window
 from engine.types import Request, Tenant
 
 logger = logging.getLogger(__name__)
@@ -30,16 +31,16 @@ _QUIET_SECONDS = 1.0  # the reserve shrinks by a step per quiet period of this l
 class SlabLender:
     """`memory.manager.Lender` for the online pool.
 
-    `window` is online's own, `victim_window` the worker's. `cache_slabs` is how many slabs online may keep for the sake of
-    cached prefixes alone. `holdings` tells what offline's slabs hold.
+    `window` is online's own; `punch`, if any, takes a slab's memory out of the worker's. `cache_slabs` is how many slabs online
+    may keep for the sake of cached prefixes alone. `holdings` tells what offline's slabs hold.
     """
 
     def __init__(
         self,
         slabs: SlabPool,
         kv: KVManager,
-        window: HostWindow,
-        victim_window: HostWindow,
+        window: Window,
+        punch: Callable[[int], None] | None,
         clock: Clock,
         *,
         reserve: Reserve,
@@ -47,7 +48,7 @@ class SlabLender:
         holdings: Callable[[], Holdings],
         cache_slabs: int,
     ) -> None:
-        self._slabs, self._kv, self._window, self._victim_window, self._clock = slabs, kv, window, victim_window, clock
+        self._slabs, self._kv, self._window, self._clock = slabs, kv, window, clock
         self._victims, self._holdings, self._cache_slabs = victims, holdings, cache_slabs
         self.reserve = reserve
         self.reclaims = 0  # times online ran out and took slabs
@@ -57,8 +58,10 @@ class SlabLender:
         self._last_change = clock.now()
         self._handing_back = threading.Lock()  # so that a late punch never hits a slab that is offline's again
         self._punches: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._puncher = threading.Thread(target=self._punch, name="slab-puncher", daemon=True)
-        self._puncher.start()
+        self._puncher: threading.Thread | None = None
+        if punch is not None:
+            self._puncher = threading.Thread(target=self._punch, args=(punch,), name="slab-puncher", daemon=True)
+            self._puncher.start()
         self._take(slabs.owned(Tenant.OFFLINE)[: reserve.fixed_share or reserve.headroom])
 
     def lendable(self) -> int:
@@ -108,7 +111,8 @@ class SlabLender:
         for slab in slabs:
             self._window.map(slab)
             self._kv.add_slab(slab)
-            self._punches.put(slab)
+            if self._puncher is not None:
+                self._punches.put(slab)
 
     def _give(self, slabs: list[int]) -> None:
         for slab in slabs:
@@ -119,17 +123,19 @@ class SlabLender:
             self._slabs.transfer(slabs, Tenant.OFFLINE)
 
     def close(self) -> None:
-        self._punches.put(None)
-        self._puncher.join()
+        if self._puncher is not None:
+            self._punches.put(None)
+            self._puncher.join()
 
-    def _punch(self) -> None:
+    def _punch(self, punch: Callable[[int], None]) -> None:
         while (slab := self._punches.get()) is not None:
             with self._handing_back:
                 if self._slabs.owner(slab) is Tenant.ONLINE:
-                    self._punch_one(slab)
+                    _punch_one(punch, slab)
 
-    def _punch_one(self, slab: int) -> None:
-        try:
-            self._victim_window.punch(slab)
-        except OSError as error:
-            logger.warning("slab %d: its memory could not be taken from the offline worker: %s", slab, error)
+
+def _punch_one(punch: Callable[[int], None], slab: int) -> None:
+    try:
+        punch(slab)
+    except OSError as error:
+        logger.warning("slab %d: its memory could not be taken from the offline worker: %s", slab, error)

@@ -26,6 +26,7 @@ from engine.types import Abort, FinishReason, Submit, TokenOut
 
 logger = logging.getLogger(__name__)
 
+WORKER = (sys.executable, "-m", "engine.colocate.worker")
 _SUSPICIOUS = 2  # a request that saw so many deaths since its last token is tried alone
 _MAX_DEATHS = 4  # and is their cause after so many, the last ones alone
 _MAX_EARLY_DEATHS = 3  # in a row, if the model was never loaded
@@ -42,8 +43,9 @@ class _Unfinished:
 class OfflineProcess:
     """Runs `engine.colocate.worker` as a child, again and again if need be.
 
-    `deliver` gets what steps produced, in the reader's thread. `started(pid)` is called for each new child before it does
-    anything, so that the child of a busy moment is born frozen; `ended(pid)` after its death.
+    `deliver` gets what steps produced, in the reader's thread. `memory_fd()` is a descriptor for the next child. `started(pid)`
+    is called for each new child before it does anything, so that the child of a busy moment is born frozen; `ready()` when it
+    has loaded its model; `ended(pid)` when it is as good as dead, `gone()` when its process is no more.
     """
 
     def __init__(
@@ -51,19 +53,21 @@ class OfflineProcess:
         config: EngineConfig,
         memory: Memory,
         control: ControlPage,
-        window_fd: int,
+        memory_fd: Callable[[], int],
         *,
         deliver: Deliver,
         started: Callable[[int], None],
+        ready: Callable[[], None],
         ended: Callable[[int], None],
+        gone: Callable[[], None],
         timeline: Timeline,
     ) -> None:
         self._start = ipc.Start(config, memory, config.offline_nice)
         self._num_slabs = memory.num_slabs
         self._control = control
-        self._window_fd = window_fd
+        self._memory_fd = memory_fd
         self._deliver = deliver
-        self._started, self._ended = started, ended
+        self._started, self._made_ready, self._ended, self._gone = started, ready, ended, gone
         self._timeline = timeline
         self._lock = threading.Lock()
         self._unfinished: dict[str, _Unfinished] = {}
@@ -71,6 +75,8 @@ class OfflineProcess:
         self._sender: ipc.Sender | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
+        self._childless = threading.Event()
+        self._childless.set()
         self._settled = threading.Event()  # the child is ready, or there will be none
         self.failure: str | None = None  # why there is no worker and will be none
         self.ready = False
@@ -120,6 +126,13 @@ class OfflineProcess:
         """Have the worker make visible progress without work, for the gate's probe."""
         with self._lock:
             self._send(ipc.Spin() if on else ipc.Rest())
+
+    def end_child(self) -> None:
+        """Kill the worker and wait until its process is gone. Another one is started, as after any death."""
+        with self._lock:
+            if self._child is not None:
+                self._child.kill()
+        self._childless.wait()
 
     def close(self) -> None:
         """Kill the worker; requests that are not finished end nowhere."""
@@ -190,12 +203,15 @@ class OfflineProcess:
     def _run_child(self) -> str:
         """Start a child, give it all unfinished requests, and deliver what it says until it ends. Returns how it ended."""
         ours, theirs = socket.socketpair()
-        fds = (theirs.fileno(), self._control.fd, self._window_fd)
-        command = [sys.executable, "-m", "engine.colocate.worker"]
-        command += [str(fds[0]), str(fds[1]), str(self._num_slabs), str(fds[2])]
         with ours:
-            with theirs:
-                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=child_environment())
+            self._childless.clear()
+            try:
+                with theirs:
+                    child = self._spawn(theirs.fileno())
+            except BaseException:
+                self._gone()
+                self._childless.set()
+                raise
             sender = ipc.Sender(ours)
             try:
                 self._started(child.pid)
@@ -214,12 +230,21 @@ class OfflineProcess:
                 self._ended(child.pid)  # before its number can become another process's
                 child.wait()
                 sender.close()
+                self._gone()
+                self._childless.set()
         return error or _cause(child.returncode)
+
+    def _spawn(self, socket_fd: int) -> subprocess.Popen[bytes]:
+        fds = (socket_fd, self._control.fd, self._memory_fd())
+        arguments = (fds[0], fds[1], self._num_slabs, fds[2])
+        command = [*WORKER, *map(str, arguments)]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, env=child_environment())
 
     def _read(self, sock: socket.socket) -> str | None:
         """Until the child ends. Returns what it said of the reason, if anything."""
         while (frame := ipc.receive(sock)) is not None:
             if isinstance(frame, ipc.Ready):
+                self._made_ready()
                 self.ready = True
                 self._settled.set()
             elif isinstance(frame, ipc.Outs):

@@ -15,7 +15,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import msgspec
 
@@ -25,7 +26,7 @@ from engine.colocate.control import ControlPage, Word
 from engine.core import EngineCore
 from engine.errors import EngineDead, InvalidCheckpoint, InvalidConfig
 from engine.loop import EngineLoop
-from engine.memory.window import HostWindow
+from engine.memory.window import HostWindow, Window
 from engine.sched.plan import StepPlan, StepResult
 from engine.sched.scheduler import TenantCounters
 from engine.timeline import Span, span_of
@@ -55,7 +56,7 @@ class Report(msgspec.Struct, frozen=True):
 class SlabWatch:
     """Follows the owner and epoch of every slab in the control page, and tells the scheduler what came and went."""
 
-    def __init__(self, control: ControlPage, window: HostWindow, core: EngineCore) -> None:
+    def __init__(self, control: ControlPage, window: Window, core: EngineCore) -> None:
         self._control = control
         self._window = window
         self._core = core
@@ -137,13 +138,73 @@ class Reporter:
             self._control.write_report(msgspec.structs.replace(report, holders={}, computed={}, filled={}))
 
 
+class WorkerDevice(Protocol):
+    """What a worker does differently on each device. `HostSide` is the CPU's, `cuda_worker.CudaSide` the GPU's."""
+
+    def make_window(self, num_slabs: int, slab_bytes: int) -> Window:
+        """The memory that main made."""
+        ...
+
+    def before_layer(self) -> None:
+        """In the thread that launches, before each layer."""
+        ...
+
+    def open(self, window: Window, call: Callable[[Callable[[], None]], None]) -> Window:
+        """The model is loaded: from here on main may take slabs. `call` has the engine's thread do something between two steps.
+
+        Returns the window to map and unmap slabs in.
+        """
+        ...
+
+    def stand(self) -> None:
+        """Again and again, in the engine's thread, while the processor stands still between two layers."""
+        ...
+
+    def spin(self) -> bool:
+        """For the gate's probe: do something on the device. True if the processor is to look at the gate as well."""
+        ...
+
+
+class HostSide:
+    """`WorkerDevice` for a CPU: the processor is the device."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def make_window(self, num_slabs: int, slab_bytes: int) -> Window:
+        return HostWindow(num_slabs, slab_bytes, self._fd)
+
+    def before_layer(self) -> None:
+        pass
+
+    def open(self, window: Window, call: Callable[[Callable[[], None]], None]) -> Window:
+        return window
+
+    def stand(self) -> None:
+        pass
+
+    def spin(self) -> bool:
+        return True
+
+
+def worker_device(device: str, control: ControlPage, memory_fd: int) -> WorkerDevice:
+    from engine.kernels.select import resolve_device
+
+    if resolve_device(device) == "cpu":
+        return HostSide(memory_fd)
+    from engine.colocate.cuda_worker import CudaSide
+
+    return CudaSide(control, socket.socket(fileno=memory_fd))
+
+
 class Worker:
     """The worker's main thread: reads frames; the engine's thread runs the steps."""
 
-    def __init__(self, sock: socket.socket, control: ControlPage, window_fd: int) -> None:
+    def __init__(self, sock: socket.socket, control: ControlPage, memory_fd: int) -> None:
         self._sock = sock
         self._control = control
-        self._window_fd = window_fd
+        self._memory_fd = memory_fd
+        self._device: WorkerDevice = HostSide(memory_fd)
 
     def run(self) -> int:
         """Until the main process goes away. Returns an exit status."""
@@ -167,12 +228,22 @@ class Worker:
         return 0
 
     def _start(self, start: ipc.Start) -> EngineLoop:
-        built = load_model(start.config, memory=start.memory, window_fd=self._window_fd, progress=False)
+        self._stand()  # loading is work too
+        self._device = device = worker_device(start.config.device, self._control, self._memory_fd)
+        built = load_model(
+            start.config, memory=start.memory, make_window=device.make_window, before_layer=device.before_layer, progress=False
+        )
         core = build_core(start.config, built, slabs=())
-        assert built.window is not None
-        watch = SlabWatch(self._control, built.window, core)
-        watch.sync()
         reporter = Reporter(self._control, core)
+
+        def deliver(outs: list[TokenOut]) -> None:
+            reporter.after_update()
+            self._deliver(outs, reporter.take_spans())
+
+        core.on_step = reporter.after_step
+        loop = EngineLoop(core, deliver, self._died, name="offline-engine")
+        assert built.window is not None
+        watch = SlabWatch(self._control, device.open(built.window, loop.call), core)
 
         def sync() -> None:
             self._boundary()
@@ -182,27 +253,24 @@ class Worker:
             self._boundary()
             return watch.changed
 
-        def deliver(outs: list[TokenOut]) -> None:
-            reporter.after_update()
-            self._deliver(outs, reporter.take_spans())
-
         core.sync = sync
-        core.on_step = reporter.after_step
         core.interrupted = interrupted
-        loop = EngineLoop(core, deliver, self._died, name="offline-engine")
+        loop.call(watch.sync)
         loop.call(reporter.write)
         return loop
 
     def _boundary(self) -> None:
-        """Between two layers: show progress, and stand still while the gate is closed.
-
-        Fails open: if main gives no sign of life, nobody would ever open the gate again.
-        """
+        """Between two layers: show progress, and stand still while the gate is closed."""
         self._show_progress()
+        if self._control[Word.FROZEN]:
+            self._stand()
+            self._show_progress()
+
+    def _stand(self) -> None:
+        """While the gate is closed. Fails open: if main gives no sign of life, nobody would ever open the gate again."""
         while self._control[Word.FROZEN] and self._control.main_is_alive():
+            self._device.stand()
             time.sleep(_GATE_POLL_SECONDS)
-            if not self._control[Word.FROZEN]:
-                self._show_progress()
 
     def _show_progress(self) -> None:
         self._control[Word.PROGRESS_NS] = time.monotonic_ns()
@@ -216,7 +284,7 @@ class Worker:
                 loop.put(Abort(frame.id))
             elif isinstance(frame, ipc.Spin):
                 while not select.select([self._sock], [], [], 0)[0]:
-                    self._boundary()
+                    self._boundary() if self._device.spin() else self._show_progress()
 
     def _deliver(self, outs: list[TokenOut], spans: list[Span]) -> None:
         try:
@@ -231,13 +299,13 @@ class Worker:
 
 
 def main() -> int:
-    """`worker SOCKET_FD CONTROL_FD NUM_SLABS WINDOW_FD`. Returns an exit status."""
-    socket_fd, control_fd, num_slabs, window_fd = map(int, sys.argv[1:])
+    """`worker SOCKET_FD CONTROL_FD NUM_SLABS MEMORY_FD`. Returns an exit status."""
+    socket_fd, control_fd, num_slabs, memory_fd = map(int, sys.argv[1:])
     # The terminal's Ctrl-C and a service manager's SIGTERM go to the main process, which knows what to do with this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="offline worker: %(message)s")
-    return Worker(socket.socket(fileno=socket_fd), ControlPage(num_slabs, control_fd), window_fd).run()
+    return Worker(socket.socket(fileno=socket_fd), ControlPage(num_slabs, control_fd), memory_fd).run()
 
 
 if __name__ == "__main__":

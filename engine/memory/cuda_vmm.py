@@ -16,7 +16,9 @@ size, are reported for A100 and A6000 (kvcached; vAttention, Table 3), hence sla
 from __future__ import annotations
 
 import os
+import re
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ import torch
 from engine.errors import InvalidConfig, SluiceError
 
 _MAX_FDS = 128  # in one message; the kernel allows 253
+_LEAST_BINDINGS = (12, 9, 1)
 
 
 class VmmError(SluiceError):
@@ -85,6 +88,10 @@ class VmmDriver(Protocol):
 
     def unmap(self, address: int, size: int) -> None:
         """Exactly one whole mapping."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that this process launched."""
         ...
 
 
@@ -167,23 +174,32 @@ class CudaWindow:
         self._replace(slab, self._sink)
 
     def send(self, sock: socket.socket) -> None:
-        """Pass all slabs over a unix stream socket to a process that calls `receive`, a few descriptors at a time."""
-        for first in range(0, self.num_slabs, _MAX_FDS):
+        """Pass all slabs over a unix socket to a process that calls `receive`, a few descriptors at a time.
+
+        The next ones go when the last ones were taken: what is under way counts against the limit on open files. Raises OSError
+        or VmmError; returns early if the other process ends.
+        """
+        slabs = tuple(self._slabs)
+        for first in range(0, len(slabs), _MAX_FDS):
+            if first and not sock.recv(1):
+                return
             fds: list[int] = []
             try:
-                fds += (self._driver.export_fd(handle) for handle in self._slabs[first : first + _MAX_FDS])
+                fds += (self._driver.export_fd(handle) for handle in slabs[first : first + _MAX_FDS])
                 socket.send_fds(sock, [b"s"], fds)
             finally:
                 _close_all(fds)
 
-    def close(self) -> None:
-        """Unmap, then give the addresses back, then the handles. May be repeated; raises the first error of several.
+    def synchronize(self) -> None:
+        """Wait until the device has done all that this process launched."""
+        self._driver.synchronize()
 
-        Nothing on the device may still use the window: synchronize before.
-        """
+    def close(self) -> None:
+        """Wait for the device, unmap, give the addresses back, then the handles. May be repeated; raises the first error."""
         errors: list[VmmError] = []
         self._tensor = None
         if self._base is not None:
+            _attempt(errors, self._driver.synchronize)
             for slab, handle in enumerate(self._behind):
                 if handle is not None:
                     _attempt(errors, self._driver.unmap, self.address(slab), self.slab_bytes)
@@ -242,6 +258,9 @@ def receive(sock: socket.socket, num_slabs: int, driver: VmmDriver) -> list[int]
                 handles += (driver.import_fd(fd) for fd in fds)
             finally:
                 _close_all(fds)
+            if len(handles) < num_slabs:
+                with suppress(OSError):  # an owner that has ended is seen at the next turn
+                    sock.send(b"s")
     except BaseException:
         for handle in handles:
             with suppress(VmmError):
@@ -283,11 +302,19 @@ def _device_bytes(address: int, size: int) -> torch.Tensor:
     return tensor
 
 
-class CudaVmm:
-    """`VmmDriver` by cuda-python 12.6 or later, for the device with this number.
+def bindings_version() -> tuple[int, ...]:
+    """Of cuda-python's bindings; () if they do not say."""
+    import cuda.bindings
 
-    Raises VmmUnavailable if anything is missing. A context of the device must be current in each thread that calls: torch sees
-    to it in the thread where it is used, `attach` in others.
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", getattr(cuda.bindings, "__version__", ""))
+    return () if found is None else tuple(int(part or 0) for part in found.groups())
+
+
+class CudaVmm:
+    """`VmmDriver` by cuda-python, for the device with this number. Any thread may call.
+
+    Raises VmmUnavailable if anything is missing. Older bindings than 12.9.1 hold the interpreter lock during a call: if a remap
+    were stuck behind channels that are off, the watchdog that switches them on again could not run.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -295,12 +322,16 @@ class CudaVmm:
             from cuda.bindings import driver as cuda
         except ImportError as error:
             raise VmmUnavailable("GPU memory windows need cuda-python: pip install 'sluice[cuda]'") from error
+        if (version := bindings_version()) < _LEAST_BINDINGS:
+            raise VmmUnavailable(f"cuda-python {'.'.join(map(str, version))} is too old: pip install 'cuda-python>=12.9.1'")
         self._cuda: Any = cuda
+        self._thread = threading.local()
         try:
             self._call("cuInit", 0)
         except RuntimeError as error:  # how cuda-python says that there is no libcuda
             raise VmmUnavailable(f"no NVIDIA driver here ({error}): install one, or use --device cpu") from error
         self._device = self._call("cuDeviceGet", device)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)  # torch's own
         for name in ("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED", "HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED"):
             attribute = getattr(cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
             if not self._call("cuDeviceGetAttribute", attribute, self._device):
@@ -315,40 +346,46 @@ class CudaVmm:
         self._access.location = self._properties.location
         self._access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
-    def attach(self) -> None:
-        """Make the device's primary context current in this thread."""
-        self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
-
     def granularity(self) -> int:
         option = self._cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-        return int(self._call("cuMemGetAllocationGranularity", self._properties, option))
+        return int(self._in_context("cuMemGetAllocationGranularity", self._properties, option))
 
     def reserve(self, size: int) -> int:
-        return int(self._call("cuMemAddressReserve", size, 0, 0, 0))
+        return int(self._in_context("cuMemAddressReserve", size, 0, 0, 0))
 
     def free(self, address: int, size: int) -> None:
-        self._call("cuMemAddressFree", address, size)
+        self._in_context("cuMemAddressFree", address, size)
 
     def create(self, size: int) -> int:
-        return int(self._call("cuMemCreate", size, self._properties, 0))
+        return int(self._in_context("cuMemCreate", size, self._properties, 0))
 
     def release(self, handle: int) -> None:
-        self._call("cuMemRelease", handle)
+        self._in_context("cuMemRelease", handle)
 
     def export_fd(self, handle: int) -> int:
-        return int(self._call("cuMemExportToShareableHandle", handle, self._fd_type, 0))
+        return int(self._in_context("cuMemExportToShareableHandle", handle, self._fd_type, 0))
 
     def import_fd(self, fd: int) -> int:
-        return int(self._call("cuMemImportFromShareableHandle", fd, self._fd_type))
+        return int(self._in_context("cuMemImportFromShareableHandle", fd, self._fd_type))
 
     def map(self, address: int, size: int, handle: int) -> None:
-        self._call("cuMemMap", address, size, 0, handle, 0)
+        self._in_context("cuMemMap", address, size, 0, handle, 0)
 
     def set_access(self, address: int, size: int) -> None:
-        self._call("cuMemSetAccess", address, size, [self._access], 1)
+        self._in_context("cuMemSetAccess", address, size, [self._access], 1)
 
     def unmap(self, address: int, size: int) -> None:
-        self._call("cuMemUnmap", address, size)
+        self._in_context("cuMemUnmap", address, size)
+
+    def synchronize(self) -> None:
+        self._in_context("cuCtxSynchronize")
+
+    def _in_context(self, name: str, *arguments: Any) -> Any:
+        """`_call` with torch's context current in this thread, whichever it is."""
+        if not hasattr(self._thread, "has_context"):
+            self._call("cuCtxSetCurrent", self._context)
+            self._thread.has_context = True
+        return self._call(name, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """What the call returns beside its status."""

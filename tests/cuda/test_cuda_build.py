@@ -63,9 +63,19 @@ def test_too_little_memory_is_refused_in_words(spec: ModelSpec) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_two_models_on_one_gpu_are_refused(spec: ModelSpec) -> None:
-    with pytest.raises(InvalidConfig, match="two models"):
-        plan_memory(config(), [spec, spec])
+def test_two_models_share_what_both_leave(spec: ModelSpec) -> None:
+    """Slabs that are cheap to move, weights and work space of both, and a sink for each."""
+    alone, both = plan_memory(config(max_num_seqs=10**6), [spec]), plan_memory(config(max_num_seqs=10**6), [spec, spec])
+    assert 32 * 2**20 <= both.slab_bytes <= 128 * 2**20
+    less = alone.num_slabs * alone.slab_bytes - both.num_slabs * both.slab_bytes
+    weights = 2 * sum(math.prod(shape) for shape in expected_shapes(spec).values())
+    assert less > weights + 2 * GIB + 2 * both.slab_bytes, "the other's weights, its libraries, two sinks"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_two_models_that_do_not_fit_are_told_what_takes_the_room(spec: ModelSpec) -> None:
+    with pytest.raises(InvalidConfig, match=r"weights .* work space .* both models .* --gpu-memory-utilization"):
+        plan_memory(config(gpu_memory_utilization=0.3), [spec, spec])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.2])

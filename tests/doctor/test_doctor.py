@@ -22,7 +22,7 @@ def test_a_machine_that_runs_the_tests_can_serve(capsys: pytest.CaptureFixture[s
     assert found["packages", "torch"]["state"] == "ok"
     assert found["kernels", "cpu"]["state"] == "ok"
     assert found["gates", "process"]["state"] == "ok"
-    assert {"cuda", "nvidia", "channel", "cache", "demo"} <= {name for _, name in found}
+    assert {"cuda", "nvidia", "channel", "stream", "cache", "demo"} <= {name for _, name in found}
     for finding in found.values():
         assert finding["text"] and "\n" not in finding["text"]
 
