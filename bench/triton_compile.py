@@ -123,6 +123,8 @@ def other_jobs() -> Iterator[Job]:
         yield Job(name, triton_pages.copy_pages_kernel, words, constants, {"num_warps": 4})
     sampling = model | {"logits_ptr": "*fp32:16", "params_ptr": "*fp64:16", "token_ptr": "*i64:16", "counts_ptr": "*i32:16"}
     sampling |= {"rows_ptr": "*i32:16", "ids_ptr": "*i32", "is_output_ptr": "*i32", "bias_ptr": "*fp32:16"}
+    sampling |= {"bits_ptr": "*i32:16"}
+    yield Job("mask", triton_sampling.mask_kernel, sampling | {"words": "i32:16"}, {"BLOCK": 4096})
     yield Job("bias", triton_sampling.bias_kernel, sampling, {"BLOCK": 256})
     yield Job("count", triton_sampling.count_kernel, sampling, {"BLOCK": 256})
     yield Job("penalty", triton_sampling.penalty_kernel, sampling, {"BLOCK": 4096})

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.engine import Engine
     from engine.generation import Generation
-    from engine.types import Choice, Completion, Delta, FinishReason, SamplingParams, Tenant, Usage
+    from engine.types import Choice, Completion, Delta, FinishReason, Grammar, SamplingParams, Tenant, Usage
 
 _HOME = {
     "Choice": "engine.types",
@@ -18,6 +18,7 @@ _HOME = {
     "EngineConfig": "engine.config",
     "FinishReason": "engine.types",
     "Generation": "engine.generation",
+    "Grammar": "engine.types",
     "SamplingParams": "engine.types",
     "Tenant": "engine.types",
     "Usage": "engine.types",
@@ -31,6 +32,7 @@ __all__ = [
     "EngineConfig",
     "FinishReason",
     "Generation",
+    "Grammar",
     "SamplingParams",
     "Tenant",
     "Usage",

@@ -29,7 +29,7 @@ from engine.sched.plan import PlanRow, Runner, StepPlan
 from engine.sched.policies import make_policy
 from engine.sched.scheduler import Scheduler
 from engine.spec import ModelSpec, load_spec
-from engine.types import SamplingParams, Tenant
+from engine.types import Grammar, Guide, SamplingParams, Tenant
 
 if TYPE_CHECKING:
     from engine.kernels.select import Backend
@@ -220,7 +220,12 @@ def _warm_up(runner: Runner, config: EngineConfig, count: int) -> None:
 
 
 def build_core(
-    config: EngineConfig, built: BuiltModel, *, slabs: Iterable[int] | None = None, clock: Clock | None = None
+    config: EngineConfig,
+    built: BuiltModel,
+    *,
+    slabs: Iterable[int] | None = None,
+    clock: Clock | None = None,
+    open_guide: Callable[[Grammar], Guide] | None = None,
 ) -> EngineCore:
     """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all)."""
     num_pages = built.num_slabs * built.pages_per_slab
@@ -245,6 +250,7 @@ def build_core(
         max_model_len=longest,
         eos_ids=built.spec.eos_ids,
         step_time=StepTime.load(step_time_file(config, built)),
+        open_guide=open_guide,
     )
     return EngineCore(scheduler, built.runner)
 

@@ -8,17 +8,19 @@ of sampling parameters belong to `engine.types`; here they are only renamed to w
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from engine.errors import InvalidRequest
-from engine.replies import Json, Shape
+from engine.formats import Constraint, read_constraint
+from engine.replies import Shape
+from engine.tools import Offer, read_calls, read_offer
 from engine.types import MAX_LOGIT_BIAS, SamplingParams, Tenant
+from engine.wire import clean_text, convert, required, unsupported
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,6 @@ MAX_CHOICES = 1024  # n times the number of prompts
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message
 MAX_PROMPT_TOKENS = 1 << 20
-MAX_VALUES = 1 << 20  # JSON values of a body, about
-MAX_CONTAINERS = 1 << 18  # lists and objects of a body, about
 
 _TENANTS: dict[str, Tenant | None] = {
     "auto": None,
@@ -41,11 +41,11 @@ _TENANTS: dict[str, Tenant | None] = {
     "fast": Tenant.ONLINE,
     "flex": Tenant.OFFLINE,
 }
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Prompts = tuple[str | tuple[int, ...], ...]
-Messages = tuple[Mapping[str, str], ...]
+Messages = tuple[Mapping[str, Any], ...]
 
 
 class Body(msgspec.Struct):
@@ -77,6 +77,12 @@ class Body(msgspec.Struct):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: Int64 | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class ChatBody(Body):
@@ -88,6 +94,9 @@ class ChatBody(Body):
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(Body):
@@ -124,11 +133,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "ebnf": (),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "json_schema": (),
     "kv_transfer_params": (),
@@ -138,13 +143,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "regex": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "structural_tag": (),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -154,7 +155,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _INERT = {
     "include_reasoning",
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_retention",
     "request_id",
@@ -182,98 +182,21 @@ class Call:
     template_kwargs: Mapping[str, Any] | None = None
     priority: int = 0
     cache_salt: str = ""
+    constraint: Constraint | None = None  # what `params.grammar` was made from
+    offer: Offer | None = None
 
     @property
     def chars(self) -> int:
         """Characters to render and tokenize."""
         if self.messages is not None:
-            return sum(len(message["content"]) for message in self.messages)
+            offered = sum(len(str(tool.body)) for tool in self.offer.tools) if self.offer is not None else 0
+            return offered + sum(map(_chars, self.messages))
         return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
 
 
-_SMALL = 1 << 18  # bytes of JSON that decode fast enough whatever they hold
-_CHUNK = 1 << 20
-_T = TypeVar("_T")
-_PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
-
-
-def decode(raw: bytes) -> Json:
-    """The JSON object in `raw`. Raises InvalidRequest for anything else, naming the field where one is to blame."""
-    _check_density(raw)
-    try:
-        body = msgspec.json.decode(raw)
-    except msgspec.ValidationError as error:  # well-formed, but a number is beyond what can be carried
-        raise InvalidRequest(str(error).split(" - at ")[0], param=_culprit(raw)) from None
-    except RecursionError:
-        raise InvalidRequest("the JSON is nested too deeply", param=_culprit(raw), code="invalid_json") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("the body must be a JSON object", code="invalid_json")
-    return body
-
-
-def _check_density(raw: bytes) -> None:
-    """Refuse a body that would become millions of objects: decoding it would stop every other thread for seconds.
-
-    Counts separators, those inside strings too: so many do not fit any model's context either.
-    """
-    if len(raw) <= _SMALL:
-        return
-    values = containers = 0
-    for start in range(0, len(raw), _CHUNK):
-        part = raw[start : start + _CHUNK]
-        values += part.count(b",")
-        containers += part.count(b"[") + part.count(b"{")
-        if values > MAX_VALUES or containers > MAX_CONTAINERS:
-            raise InvalidRequest("the body has too many values", code="invalid_json")
-
-
-def _culprit(raw: bytes) -> str | None:
-    """The top-level field of `raw` that cannot be decoded."""
-    try:
-        fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    for name, value in fields.items():
-        try:
-            msgspec.json.decode(value)
-        except (msgspec.DecodeError, RecursionError):
-            return name
-    return None
-
-
-def convert(value: Any, kind: type[_T], prefix: str = "") -> _T:
-    """`value` as a `kind`, strictly; InvalidRequest names the field, below `prefix` if given."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        found = _PATH.search(text)
-        param = ".".join(part for part in (prefix, found[1] if found else "") if part).replace(".[", "[") or None
-        reason = _PATH.sub("", text)
-        raise InvalidRequest(f"{param}: {reason}" if param else reason, param=param, code="invalid_type") from None
-    except RecursionError:
-        raise InvalidRequest("the value is nested too deeply", param=prefix or None) from None
-
-
-def clean_text(text: str, param: str) -> str:
-    """`text`, unless it holds half of a surrogate pair, which no encoding of it can carry."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(f"{param} contains a lone surrogate", param=param) from None
-    return text
-
-
-def required(param: str) -> InvalidRequest:
-    """The error for a field that is missing or empty."""
-    return InvalidRequest(f"{param} is required and must not be empty", param=param, code="missing_required_parameter")
-
-
-def unsupported(param: str, what: str = "") -> InvalidRequest:
-    """The error for something the API has and this engine has not."""
-    return InvalidRequest(what or f"{param} is not supported", param=param, code="unsupported_parameter")
+def _chars(message: Mapping[str, Any]) -> int:
+    calls = message.get("tool_calls", ())
+    return len(message["content"] or "") + sum(len(call["function"]["arguments"]) for call in calls)
 
 
 def parse(url: str, body: Mapping[str, Any], *, tenant: Tenant | None = None) -> Call:
@@ -299,12 +222,13 @@ def _parse_chat(body: Mapping[str, Any], tenant: Tenant | None) -> Call:
     )
     shape = _shape(wire, chat=True, logprobs=bool(wire.logprobs))
     messages = read_messages(wire.messages)
-    return _call(wire, params, shape, tenant, messages=messages, template_kwargs=_template_kwargs(wire))
+    offer = read_offer(wire.tools, wire.tool_choice, wire.parallel_tool_calls)
+    return _call(wire, params, shape, tenant, messages=messages, template_kwargs=_template_kwargs(wire), offer=offer)
 
 
 def _parse_completion(body: Mapping[str, Any], tenant: Tenant | None) -> Call:
     wire = convert(body, CompletionBody)
-    _check_fields(body, wire, _UNSUPPORTED)
+    _check_fields(body, wire, _UNSUPPORTED | {"tools": ([],), "tool_choice": ("none", "auto")})
     limit = COMPLETION_TOKENS if wire.max_tokens is None else wire.max_tokens
     echo = bool(wire.echo)
     no_output = echo and limit == 0
@@ -320,9 +244,11 @@ def _parse_completion(body: Mapping[str, Any], tenant: Tenant | None) -> Call:
 
 
 def _call(wire: Body, params: SamplingParams, shape: Shape, tenant: Tenant | None, **content: Any) -> Call:
+    constraint = read_constraint(wire)
     return Call(
         shape=shape,
-        params=params,
+        params=params if constraint is None else replace(params, grammar=constraint.grammar),
+        constraint=constraint,
         model=None if wire.model is None else clean_text(wire.model, "model"),
         tenant=tenant or _tenant(wire.service_tier),
         stream=bool(wire.stream),
@@ -417,7 +343,7 @@ def _template_kwargs(wire: ChatBody) -> Mapping[str, Any] | None:
 
 
 def read_messages(messages: list[dict[str, Any]] | None) -> Messages:
-    """Chat messages with their content as one string each."""
+    """Chat messages with their content as one string each, or none beside tool calls."""
     if not messages:
         raise required("messages")
     if len(messages) > MAX_MESSAGES:
@@ -425,19 +351,24 @@ def read_messages(messages: list[dict[str, Any]] | None) -> Messages:
     return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
 
 
-def _message(message: Mapping[str, Any], where: str) -> Mapping[str, str]:
+def _message(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        if role in ("tool", "function"):
-            raise unsupported(f"{where}.role", "tool messages are not supported")
+        if role == "function":
+            raise unsupported(f"{where}.role", "function messages are not supported; use tools")
         raise InvalidRequest(f"{where}.role must be one of {', '.join(_ROLES)}", param=f"{where}.role")
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if message.get(name):
             raise unsupported(f"{where}.{name}")
-    text = {"role": _ROLES[role], "content": _content(message.get("content"), f"{where}.content")}
-    if message.get("name") is not None:
-        text["name"] = clean_text(convert(message["name"], str, f"{where}.name"), f"{where}.name")
-    return text
+    read: dict[str, Any] = {"role": _ROLES[role]}
+    if role == "assistant" and message.get("tool_calls"):
+        read["tool_calls"] = read_calls(message["tool_calls"], f"{where}.tool_calls")
+    content = message.get("content")
+    read["content"] = None if content is None and "tool_calls" in read else _content(content, f"{where}.content")
+    for name in ("name", "tool_call_id"):
+        if message.get(name) is not None:
+            read[name] = clean_text(convert(message[name], str, f"{where}.{name}"), f"{where}.{name}")
+    return read
 
 
 def _content(content: Any, where: str) -> str:

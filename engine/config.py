@@ -113,6 +113,11 @@ class EngineConfig:
     )
     victims: str = knob("least-lost-work", "rule for the slabs taken from offline", choices=("least-lost-work", "fifo", "lifo"))
     offline_nice: int = knob(0, "operating-system niceness of the offline model's process (0 to 19)", low=0)
+    tool_call_parser: str = knob(
+        "auto",
+        "how the model writes calls of tools; auto is told by its chat template",
+        choices=("auto", "hermes", "llama3_json", "qwen3_coder"),
+    )
     threads: int | None = knob(None, "compute threads on a CPU (default: one per core)", low=1)
     seed: int = knob(0, "seed of the engine's own random choices")
 

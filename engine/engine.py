@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from engine.build import BuiltModel, Memory, build_core, load_model, step_time_file
@@ -28,6 +27,7 @@ from engine.errors import (
     UnknownModel,
 )
 from engine.generation import Generation, wake
+from engine.grammar import Grammars, load_tokenizer
 from engine.loop import EngineLoop
 from engine.memory.pages import SlabUse, slab_use
 from engine.sched.plan import StepPlan, StepResult
@@ -113,9 +113,10 @@ class Engine:
         config = (config or EngineConfig()).with_options(**overrides)
         self.config = config = config if model is None else replace(config, model=model)
         if built is None:
-            self._models = open_models(config, progress=progress)
+            self._models = open_models(config, progress=progress, tokenizer=tokenizer)
             config = self._models.online.config
             built = load_model(config, memory=self._models.memory, progress=progress)
+            self._models.online.grammars.warm_up()
         else:
             self._models = _only(built, config, tokenizer)
         self._random = random.Random(self.config.seed)
@@ -127,7 +128,8 @@ class Engine:
         self._dead: EngineDead | None = None
         offline = self._models.offline
         self._step_time_file = step_time_file(config, built)
-        self._core = build_core(config, built, slabs=None if offline is None else ())
+        open_guide = self._models.online.grammars.open
+        self._core = build_core(config, built, slabs=None if offline is None else (), open_guide=open_guide)
         self.timeline = Timeline(self._core.scheduler.clock)
         self._loop = EngineLoop(self._core, self._deliver, self._died)
         self._core.interrupted = self._loop.online_at_the_door
@@ -184,6 +186,9 @@ class Engine:
         self._loop.close()
         if self._sharing is not None:
             self._sharing.close()
+        for served in (self._models.online, self._models.offline):
+            if served is not None:
+                served.grammars.close()
         with suppress(OSError):
             self._core.scheduler.step_time.save(self._step_time_file)
         self._died(EngineDead("the engine was closed"))
@@ -233,6 +238,8 @@ class Engine:
         params = params or SamplingParams()
         params.validate(served.card.vocab_size)
         self._check_open(tenant)
+        if params.grammar is not None:
+            served.grammars.check(params.grammar)
         tokens = _encode(prompt, served)
         return self._start(tokens, params, served, tenant, request_id, priority, cache_salt)
 
@@ -559,10 +566,6 @@ def _only(built: BuiltModel, config: EngineConfig, tokenizer: Tokenizer | None) 
     card = ModelCard(
         id=names[0], aliases=names[1:], tenant=Tenant.ONLINE, max_model_len=length, vocab_size=built.spec.vocab_size, created=0
     )
-    return ServedModels(Served(card, built.path, config, tokenizer or _load_tokenizer(built.path)), None, memory)
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    from engine.tokenizer import Tokenizer
-
-    return Tokenizer.load(path)
+    words = tokenizer or load_tokenizer(built.path)
+    grammars = Grammars(lambda: words, built.spec.vocab_size, built.spec.eos_ids)
+    return ServedModels(Served(card, built.path, config, words, grammars), None, memory)

@@ -22,11 +22,12 @@ def _extend(digest: int, token: int) -> int:
     return (digest * 1_000_003 + token + 1) & _MASK
 
 
-def _choose(digest: int, vocab_size: int, suppress: Sequence[int]) -> int:
-    token = (digest ^ (digest >> 17)) % vocab_size
-    while token in suppress:
-        token = (token + 1) % vocab_size
-    return token
+def _choose(digest: int, vocab_size: int, suppress: Sequence[int], allowed: bytes | None = None) -> int:
+    first = (digest ^ (digest >> 17)) % vocab_size
+    tokens = [*range(first, vocab_size), *range(first)] if suppress or allowed else [first]
+    if allowed is not None:
+        tokens = [token for token in tokens if allowed[token >> 3] >> (token & 7) & 1]
+    return next((token for token in tokens if token not in suppress), tokens[0])
 
 
 def expected_tokens(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
@@ -117,7 +118,7 @@ class FakeRunner:
                 prompt_logprobs.append(TokenLogprob(row.tokens[position + 1], -1.0, 1))
         if not row.sample:
             return RowResult(row.request_id, prompt_logprobs=tuple(prompt_logprobs))
-        token = _choose(digest, self.vocab_size, row.suppress)
+        token = _choose(digest, self.vocab_size, row.suppress, None if row.guide is None else row.guide.allowed())
         logprob = TokenLogprob(token, -1.0, 1) if row.params.logprobs is not None else None
         return RowResult(row.request_id, token, logprob, tuple(prompt_logprobs))
 

@@ -10,14 +10,16 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 import engine.replies as replies
-from engine.calls import CHAT, COMPLETIONS, Call, decode, parse, unsupported
+from engine.calls import CHAT, COMPLETIONS, Call, parse
 from engine.errors import (
     ContextTooLong,
     EngineDead,
@@ -27,8 +29,11 @@ from engine.errors import (
     ShuttingDown,
     UnknownModel,
 )
+from engine.formats import Constraint
 from engine.replies import Chunks, Head, Json, Prompt
-from engine.types import Completion, Cost, FinishReason, ModelCard, Tenant
+from engine.tool_calls import FORMATS, Reader, ToolFormat, detect
+from engine.types import Completion, Cost, FinishReason, Grammar, ModelCard, Tenant
+from engine.wire import decode, unsupported
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -55,6 +60,7 @@ MAX_MESSAGE_CHARS = 500  # of an error
 CHARS_PER_TOKEN = 16  # a prompt with more characters a token than this cannot fit; refused before it is tokenized
 LARGE_PROMPT = 4096  # characters; a larger one is rendered and tokenized off the event loop
 _tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+_constraining = ThreadPoolExecutor(4, thread_name_prefix="constrain")  # wait for grammars to be compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Job:
     words: Tokenizer
     prompts: tuple[Prompt, ...]
     generations: tuple[Generation, ...]
+    tools: ToolFormat | None = None  # in which the answer may call
 
     @property
     def cost(self) -> Cost:
@@ -91,7 +98,13 @@ class Job:
 
     def chunks(self) -> Chunks:
         """The chunk maker of this job's stream."""
-        return Chunks(self.head, self.call.shape, self.prompts, self.words)
+        return Chunks(self.head, self.call.shape, self.prompts, self.words, self.reader)
+
+    @property
+    def reader(self) -> Callable[[], Reader] | None:
+        """Makes what finds the calls of one choice; None where there can be none."""
+        tools, offer = self.tools, self.call.offer
+        return None if tools is None or offer is None else lambda: tools.reader(offer)
 
     def abort(self) -> None:
         """Stop what is not finished; harmless where everything is."""
@@ -166,11 +179,13 @@ async def answer(
 
 
 async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -> Job:
-    """Hand `call` to the engine: all of its prompts or none. Long prompts are tokenized in a worker thread."""
-    if call.chars <= LARGE_PROMPT:
+    """Hand `call` to the engine: all of its prompts or none. Long prompts and grammars are dealt with in other threads."""
+    constrained = call.params.grammar is not None or (call.offer is not None and call.offer.must)
+    threads = _constraining if constrained else _tokenizing
+    if call.chars <= LARGE_PROMPT and threads is _tokenizing:
         return _submit(engine, call, request_id)
     loop = asyncio.get_running_loop()
-    future = _tokenizing.submit(copy_context().run, _submit, engine, call, request_id)
+    future = threads.submit(copy_context().run, _submit, engine, call, request_id)
     try:
         return await asyncio.wrap_future(future, loop=loop)
     except asyncio.CancelledError:
@@ -192,6 +207,10 @@ def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
     card = engine.resolve(call.model, call.tenant)
     _check_length(call, card)
     tenant = tenant_of(call, card)
+    words = engine.tokenizer(card.id)
+    tools = None if call.offer is None else _tool_format(engine, words)
+    if tools is not None:
+        call = _with_calls(call, tools)
     head = Head(
         id=("chatcmpl-" if call.shape.chat else "cmpl-") + uuid.uuid4().hex,
         created=int(time.time()),  # noqa: TID251 - a stamp for clients
@@ -199,7 +218,6 @@ def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
         tier=replies.tier_of(tenant),
         fingerprint=replies.fingerprint(card),
     )
-    words = engine.tokenizer(card.id)
     generations: list[Generation] = []
     try:
         generations.extend(_generations(engine, call, card, tenant, request_id or head.id))
@@ -207,10 +225,46 @@ def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
     except BaseException as error:
         for generation in generations:
             generation.abort()
-        if call.messages is not None and isinstance(error, InvalidRequest) and error.param == "prompt":
-            error.param = "messages"  # what the caller wrote
+        if isinstance(error, InvalidRequest) and (renamed := _in_their_words(error, call)) is not error:
+            raise renamed from None
         raise
-    return Job(call, tenant, head, words, prompts, tuple(generations))
+    return Job(call, tenant, head, words, prompts, tuple(generations), tools)
+
+
+def _tool_format(engine: Engine, words: Tokenizer) -> ToolFormat:
+    """How this model writes calls. Raises InvalidRequest if nobody knows."""
+    chosen = engine.config.tool_call_parser
+    found = detect(words.tool_template) if chosen == "auto" else FORMATS[chosen]
+    if found is None:
+        raise unsupported("tools", "this model's chat template knows no tools; --tool-call-parser can name their format")
+    return found
+
+
+def _with_calls(call: Call, tools: ToolFormat) -> Call:
+    """The call with a grammar, if it must be answered by calls, or by calls or JSON that fits a schema."""
+    offer, grammar = call.offer, call.params.grammar
+    assert offer is not None
+    if offer.must:
+        text, param = tools.grammar(offer), "tools"
+    elif call.constraint is not None and grammar is not None and grammar.kind == "json_schema":
+        text, param = tools.grammar(offer, msgspec.json.decode(grammar.text)), call.constraint.param
+    else:
+        return call
+    grammar = Grammar("lark", text)
+    return replace(call, params=replace(call.params, grammar=grammar), constraint=Constraint(grammar, param))
+
+
+def _in_their_words(error: InvalidRequest, call: Call) -> InvalidRequest:
+    """`error` with the field that the caller wrote."""
+    param = error.param
+    if param == "prompt" and call.messages is not None:
+        param = "messages"
+    elif param == "grammar" and call.constraint is not None:
+        param = call.constraint.param
+    if param == error.param or param is None:
+        return error
+    text = str(error) if error.param == "prompt" else str(error).replace("grammar", param, 1)
+    return type(error)(text, param=param, code=error.code)
 
 
 def _check_length(call: Call, card: ModelCard) -> None:
@@ -234,8 +288,10 @@ def _generations(engine: Engine, call: Call, card: ModelCard, tenant: Tenant, re
         "cache_salt": call.cache_salt,
     }
     if call.messages is not None:
+        tools = None if call.offer is None else [tool.body for tool in call.offer.tools]
+        kwargs = call.template_kwargs
         yield engine.submit_chat(
-            call.messages, call.params, template_kwargs=call.template_kwargs, request_id=request_id, **common
+            call.messages, call.params, tools=tools, template_kwargs=kwargs, request_id=request_id, **common
         )
         return
     for index, prompt in enumerate(call.prompts):
@@ -259,7 +315,7 @@ async def finish(job: Job) -> Json:
     if job.call.shape.no_output:
         completions = [replies.without_output(completion) for completion in completions]
     if job.call.shape.chat:
-        body = replies.chat_body(job.head, job.call.shape, completions[0], job.words)
+        body = replies.chat_body(job.head, job.call.shape, completions[0], job.words, job.reader)
     else:
         body = replies.completion_body(job.head, job.call.shape, completions, job.prompts, job.words)
     if job.call.shape.colocation:

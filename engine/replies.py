@@ -8,10 +8,11 @@ that JSON cannot carry: log-probabilities have a floor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from engine.tool_calls import CallPart, Reader, whole_calls
 from engine.types import Choice, Completion, Cost, Delta, FinishReason, ModelCard, Tenant, TokenLogprob, Usage
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON lacks
@@ -107,10 +108,12 @@ def without_output(completion: Completion) -> Completion:
     return replace(completion, choices=choices, usage=replace(completion.usage, completion_tokens=0))
 
 
-def chat_body(head: Head, shape: Shape, completion: Completion, words: Vocabulary) -> Json:
-    """A `chat.completion` object."""
+def chat_body(
+    head: Head, shape: Shape, completion: Completion, words: Vocabulary, reader: Callable[[], Reader] | None = None
+) -> Json:
+    """A `chat.completion` object. `reader` makes what finds the calls of tools in a choice."""
     body = head.fields("chat.completion") | {
-        "choices": [_chat_choice(shape, choice, words) for choice in completion.choices],
+        "choices": [_chat_choice(shape, choice, words, reader) for choice in completion.choices],
         "usage": usage_body([completion.usage]),
     }
     if shape.prompt_logprobs:
@@ -120,15 +123,26 @@ def chat_body(head: Head, shape: Shape, completion: Completion, words: Vocabular
     return body
 
 
-def _chat_choice(shape: Shape, choice: Choice, words: Vocabulary) -> Json:
+def _chat_choice(shape: Shape, choice: Choice, words: Vocabulary, reader: Callable[[], Reader] | None) -> Json:
+    message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+    called = False
+    if reader is not None:
+        found = reader().push(choice.text, last=True)
+        called = bool(found.parts)
+        message["content"] = found.content or (None if called else "")
+        message |= {"tool_calls": whole_calls(found.parts)} if called else {}
     body = {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": message,
         "logprobs": chat_logprobs(choice.logprobs or (), words) if shape.logprobs else None,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": _reason(choice.finish_reason, called),
         "stop_reason": choice.stop_reason,
     }
     return body | {"token_ids": choice.tokens} if shape.token_ids else body
+
+
+def _reason(reason: FinishReason, called: bool) -> str:
+    return "tool_calls" if called and reason is FinishReason.STOP else reason
 
 
 def completion_body(
@@ -238,6 +252,8 @@ class Chunks:
     shape: Shape
     prompts: Sequence[Prompt]
     words: Vocabulary
+    reader: Callable[[], Reader] | None = None  # makes what finds the calls of tools in a choice
+    _readers: dict[int, Reader] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
     _offsets: dict[int, int] = field(default_factory=dict)  # index -> length of the text that logprobs have covered
     _counts: dict[int, int] = field(default_factory=dict)  # prompt -> output tokens so far
@@ -280,17 +296,24 @@ class Chunks:
             role: Json = {"index": index, "delta": {"role": "assistant", "content": ""}}
             role |= {"logprobs": None, "finish_reason": None}
             yield role | {"prompt_token_ids": self.prompts[prompt].tokens} if self.shape.token_ids else role
-        if delta.text or (delta.tokens and (self.shape.logprobs or self.shape.token_ids)):
-            choice: Json = {"index": index, "delta": {"content": delta.text}, "logprobs": None, "finish_reason": None}
+        text, called, parts = delta.text, False, list[CallPart]()
+        if self.reader is not None:
+            reader = self._readers.setdefault(index, self.reader())
+            found = reader.push(text, last=delta.finish_reason is not None)
+            text, called, parts = found.content, reader.num_calls > 0, found.parts
+        if text or (delta.tokens and (self.shape.logprobs or self.shape.token_ids)):
+            choice: Json = {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
             if self.shape.logprobs:
                 choice["logprobs"] = chat_logprobs(delta.logprobs, self.words)
             yield choice | {"token_ids": delta.tokens} if self.shape.token_ids else choice
+        for part in parts:
+            yield {"index": index, "delta": {"tool_calls": [part.body()]}, "logprobs": None, "finish_reason": None}
         if delta.finish_reason is not None:
             yield {
                 "index": index,
                 "delta": {},
                 "logprobs": None,
-                "finish_reason": FinishReason.LENGTH if self.shape.no_output else delta.finish_reason,
+                "finish_reason": FinishReason.LENGTH if self.shape.no_output else _reason(delta.finish_reason, called),
                 "stop_reason": None if self.shape.no_output else delta.stop_reason,
             }
 

@@ -12,6 +12,7 @@ from engine.build import Memory, max_model_len, pages_in, plan_memory
 from engine.config import EngineConfig
 from engine.demo import DEMO_NAMES, resolve_model
 from engine.errors import InvalidCheckpoint, InvalidConfig
+from engine.grammar import Grammars
 from engine.memory.reserve import kept_slabs, make_reserve
 from engine.spec import ModelSpec, load_spec
 from engine.types import ModelCard, Tenant
@@ -30,6 +31,7 @@ class Served:
     path: Path
     config: EngineConfig
     tokenizer: Tokenizer
+    grammars: Grammars
 
     def is_called(self, name: str) -> bool:
         return name == self.card.id or name in self.card.aliases
@@ -57,20 +59,23 @@ class ServedModels:
         return self.offline if name is None or found.path == self.offline.path else found
 
 
-def open_models(config: EngineConfig, *, progress: bool) -> ServedModels:
-    """Look at the checkpoints, without loading weights. An offline model that cannot be used is reported and left out."""
+def open_models(config: EngineConfig, *, progress: bool, tokenizer: Tokenizer | None = None) -> ServedModels:
+    """Look at the checkpoints, without loading weights. An offline model that cannot be used is reported and left out.
+
+    `tokenizer` is the online model's, if it is not to be its folder's.
+    """
     path = resolve_model(config.model, progress=progress)
     spec = load_spec(path)
     other = _offline_checkpoint(config, progress)
     memory = plan_memory(config, [spec] if other is None else [spec, other[1]])
     names = _names(config.model, config.served_model_name)
     if other is None:
-        return ServedModels(serve(config, path, spec, memory, names=names), None, memory)
+        return ServedModels(serve(config, path, spec, memory, names=names, tokenizer=tokenizer), None, memory)
     share = make_reserve(config.reserve, memory.num_slabs).fixed_share
     if share is not None:  # memory that online can never have must not be promised to a request
         pages = pages_in(config, spec, replace(memory, num_slabs=share))
         config = replace(config, max_model_len=max_model_len(config, spec, pages))
-    online = serve(config, path, spec, memory, names=names)
+    online = serve(config, path, spec, memory, names=names, tokenizer=tokenizer)
     return ServedModels(online, _serve_offline(config, online, *other, memory), memory)
 
 
@@ -96,7 +101,8 @@ def serve(
         vocab_size=spec.vocab_size,
         created=int(time.time()),  # noqa: TID251 - a stamp for clients
     )
-    return Served(card, path, config, tokenizer or Tokenizer.load(path))
+    words = tokenizer or Tokenizer.load(path)
+    return Served(card, path, config, words, Grammars(lambda: words, spec.vocab_size, spec.eos_ids))
 
 
 def _names(model: str, served: tuple[str, ...]) -> tuple[str, ...]:

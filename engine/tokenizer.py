@@ -30,7 +30,8 @@ class Tokenizer:
 
     vocab_size: one more than the highest token id (the model's own vocabulary may be padded beyond it);
     bos_id: the token that starts a text, or None;
-    eos_ids: the tokens that end an answer, from tokenizer_config.json and generation_config.json.
+    eos_ids: the tokens that end an answer, from tokenizer_config.json and generation_config.json;
+    tool_template: the source of the chat template that shows tools, empty if there is no template.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Tokenizer:
         self.bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else None
         named_eos = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
         self.eos_ids = tuple(dict.fromkeys([*([] if named_eos is None else [named_eos]), *eos_ids]))
+        self.tool_template = templates.get("tool_use") or templates.get("default") or ""
         self._template = _chat_template(backend, templates, names) if templates else None
 
     @classmethod
@@ -69,6 +71,11 @@ class Tokenizer:
         eos = _read_json(folder / "generation_config.json").get("eos_token_id")
         eos_ids = [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
         return cls(backend, names=names, templates=_templates(folder, config), eos_ids=eos_ids)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Control tokens: those that no text stands for."""
+        return self._vocab.special
 
     @property
     def has_chat_template(self) -> bool:

@@ -7,8 +7,11 @@ beside them. Everything that crosses a thread or a process is frozen.
 from __future__ import annotations
 
 import enum
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, Self
 
 import msgspec
 
@@ -19,6 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 1 << 17
 _INT64 = 2**63
 
 
@@ -60,6 +64,46 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {shown}", param=name)
 
 
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A language that an output must belong to, as text: it crosses processes, and `engine.grammar` compiles it."""
+
+    kind: Literal["json_schema", "regex", "choice", "lark"]
+    text: str  # a JSON schema, a regular expression for the whole output, a JSON list of strings, a grammar (Lark or GBNF)
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Self:
+        """JSON that fits `schema`."""
+        return cls("json_schema", json.dumps(schema, ensure_ascii=False))
+
+    @classmethod
+    def json_object(cls) -> Self:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def choice(cls, options: Sequence[str]) -> Self:
+        """One of `options`, word for word."""
+        return cls("choice", json.dumps(list(options), ensure_ascii=False))
+
+
+class Guide(Protocol):
+    """What a grammar lets one request say next. Its state follows from the output so far, so nothing of it is ever saved."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the grammar is compiled, well or badly. Until then the request is not admitted."""
+        ...
+
+    def prepare(self, tokens: Sequence[int], num_prompt: int) -> None:
+        """Have somebody else work out what may follow `tokens`, which only ever grow. Returns at once."""
+        ...
+
+    def allowed(self) -> bytes:
+        """One bit an id, lowest first: what may follow the tokens prepared last. Waits for it; raises RequestFailed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends. Field names and meanings follow the OpenAI API and vLLM."""
@@ -82,6 +126,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # top alternatives per output token; 0: the chosen one only
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    grammar: Grammar | None = None  # what the output must be; it ends where the grammar does, whatever ignore_eos says
 
     @property
     def greedy(self) -> bool:
@@ -110,6 +155,8 @@ class SamplingParams:
                 _integer(name, value, 0, MAX_LOGPROBS)
         self._validate_stops(vocab_size)
         self._validate_bias(vocab_size)
+        if self.grammar is not None and len(self.grammar.text) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequest(f"the grammar has more than {MAX_GRAMMAR_CHARS} characters", param="grammar")
 
     def _validate_stops(self, vocab_size: int | None) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -173,6 +220,7 @@ class Request:
     parked: bool = False  # its rows sit in a checkpoint and may not be planned again. ParkedPasses
     started: float | None = None  # when it was admitted last. Scheduler
     finish_reason: FinishReason | None = None  # Scheduler
+    guide: Guide | None = None  # of a request with a grammar; follows `tokens`
 
     @property
     def num_output(self) -> int:

@@ -82,7 +82,7 @@ def _cost_header(job: Job) -> dict[str, str]:
 async def _unary(request: web.Request, service: Service, job: Job, watch: Watch) -> web.StreamResponse:
     body = await finish(job)
     for choice in body["choices"]:
-        watch.finished(choice["finish_reason"])
+        watch.finished("stop" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"])
     watch.end()
     return json_response(body, headers=_cost_header(job))
 

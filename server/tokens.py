@@ -9,10 +9,11 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from engine.calls import clean_text, convert, read_messages, required
+from engine.calls import read_messages
 from engine.errors import ContextTooLong
 from engine.openai import LARGE_PROMPT
 from engine.types import ModelCard
+from engine.wire import clean_text, convert, required
 from server.http import json_response, read_json
 from server.service import SERVICE
 
@@ -27,6 +28,7 @@ class _Tokenize(msgspec.Struct):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
 
@@ -50,7 +52,9 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
                 kwargs["continue_final_message"] = body.continue_final_message
             generation = body.add_generation_prompt is not False
             messages = read_messages(body.messages)
-            return tokenizer.render_chat(messages, add_generation_prompt=generation, kwargs=kwargs or None, max_tokens=limit)
+            return tokenizer.render_chat(
+                messages, tools=body.tools, add_generation_prompt=generation, kwargs=kwargs or None, max_tokens=limit
+            )
         if body.prompt is None:
             raise required("prompt")
         text = clean_text(body.prompt, "prompt")

@@ -26,13 +26,22 @@ PACKAGES = ("engine", "server", "nvdriver")
 # decides. A module may import its own layer (without cycles) and those below, never those above.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.types", "engine.config", "engine.errors", "engine.clock", "nvdriver"),
-    ("engine.memory", "engine.kernels", "engine.spec", "engine.chat_template", "engine.tokenizer", "engine.demo"),
+    (
+        "engine.memory",
+        "engine.kernels",
+        "engine.spec",
+        "engine.chat_template",
+        "engine.tokenizer",
+        "engine.grammar",
+        "engine.demo",
+    ),
     ("engine.model", "engine.weights", "engine.sched"),
     ("engine.forward", "engine.runner", "engine.fake", "engine.timeline"),
     ("engine.core", "engine.colocate.arbiter", "engine.colocate.control", "engine.colocate.gate"),
     ("engine.build", "engine.loop", "engine.doctor", "engine.colocate", "engine.served", "engine.generation", "engine.engine"),
     ("engine",),  # the package's own __init__: the public names
     (
+        *("engine.wire", "engine.formats", "engine.tools", "engine.tool_calls"),
         *("engine.replies", "engine.calls", "engine.openai"),
         *("engine.joblines", "engine.joblog", "engine.jobrun", "engine.batch", "engine.top"),
     ),
@@ -66,6 +75,7 @@ ENGINE_AS_SEEN_BY_SERVER = frozenset(
         "engine.replies",
         "engine.timeline",
         "engine.types",
+        "engine.wire",
     }
 )
 

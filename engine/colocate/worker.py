@@ -25,6 +25,7 @@ from engine.colocate import ipc
 from engine.colocate.control import ControlPage, Word
 from engine.core import EngineCore
 from engine.errors import EngineDead, InvalidCheckpoint, InvalidConfig
+from engine.grammar import Grammars, load_tokenizer
 from engine.loop import EngineLoop
 from engine.memory.window import HostWindow, Window
 from engine.sched.plan import StepPlan, StepResult
@@ -233,7 +234,8 @@ class Worker:
         built = load_model(
             start.config, memory=start.memory, make_window=device.make_window, before_layer=device.before_layer, progress=False
         )
-        core = build_core(start.config, built, slabs=())
+        grammars = Grammars(lambda: load_tokenizer(built.path), built.spec.vocab_size, built.spec.eos_ids)
+        core = build_core(start.config, built, slabs=(), open_guide=grammars.open)
         reporter = Reporter(self._control, core)
 
         def deliver(outs: list[TokenOut]) -> None:

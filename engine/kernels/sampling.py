@@ -1,8 +1,8 @@
 """From logits to tokens: penalties, filters, the draw, and log-probabilities.
 
-Order of operations, as in vLLM: suppressed ids, logit bias, penalties (repetition over the whole sequence; frequency and
-presence over the output), temperature, min_p, top_k, top_p, draw. Log-probabilities are those of the raw logits, before
-all of it.
+Order of operations, as in vLLM: the grammar's mask and suppressed ids, logit bias, penalties (repetition over the whole
+sequence; frequency and presence over the output), temperature, min_p, top_k, top_p, draw. Log-probabilities are those of the
+raw logits, before all of it.
 
 A draw spends one uniform number: the token is the inverse of the cumulative distribution over the surviving ids in
 ascending order of id. Rows are treated one by one, so nothing that happens to one depends on its batch mates; only what
@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from engine.types import SamplingParams, TokenLogprob
+from engine.errors import RequestFailed
+from engine.types import Guide, SamplingParams, TokenLogprob
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON has no word for
-_CANDIDATES = (256, 4096)  # largest weights that top_p looks at before it sorts the vocabulary
+_OCTAVE_BITS = 7  # top_p sorts weights into 128 classes for each factor of two
 _BLOCK = 256  # ids summed together in the first stage of a draw
 
 
@@ -45,6 +48,9 @@ class SampledRow(Protocol):
 
     @property
     def suppress(self) -> tuple[int, ...]: ...
+
+    @property
+    def guide(self) -> Guide | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +116,15 @@ def takes_likeliest(row: SampledRow) -> bool:
 def _is_adjusted(row: SampledRow) -> bool:
     params = row.params
     penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-    return bool(row.suppress or params.logit_bias) or penalties != (1.0, 0.0, 0.0)
+    return bool(row.suppress or params.logit_bias) or penalties != (1.0, 0.0, 0.0) or row.guide is not None
 
 
 def _choose(logits: torch.Tensor, row: SampledRow) -> Sample:
     """The outcome of one row; `logits` is [vocab]."""
-    token = _token(adjusted(logits, row) if _is_adjusted(row) else logits, row)
+    try:
+        token = _token(adjusted(logits, row) if _is_adjusted(row) else logits, row)
+    except RequestFailed as error:  # its grammar
+        return Sample(error=str(error))
     if token is None:
         return Sample(error="no token may be sampled: all are suppressed")
     if row.params.logprobs is None:
@@ -135,11 +144,34 @@ def _token(logits: torch.Tensor, row: SampledRow) -> int | None:
     return place if ids is None else int(ids[place])
 
 
-def adjusted(logits: torch.Tensor, row: SampledRow) -> torch.Tensor:
-    """A copy of one row's logits [vocab] with suppressed ids, bias and penalties applied."""
-    logits, params = logits.clone(), row.params
-    device = logits.device
+def allowed_ids(row: SampledRow, vocab: int) -> npt.NDArray[np.uint8]:
+    """What the row's grammar allows, a bit an id, lowest first, in whole 32-bit words; without the ids suppressed now.
+
+    Where a grammar leaves nothing but ids that are suppressed, it is complete and they come: an output cannot go on beyond
+    its grammar for the sake of min_tokens. Raises RequestFailed.
+    """
+    assert row.guide is not None
+    given = np.frombuffer(row.guide.allowed(), np.uint8)
+    bits = np.zeros(-(-vocab // 32) * 4, np.uint8)
+    size = min(len(given), len(bits))
+    bits[:size] = given[:size]
     if row.suppress:
+        rest = bits.copy()
+        ids = np.array(row.suppress)
+        np.bitwise_and.at(rest, ids >> 3, ~(1 << (ids & 7)).astype(np.uint8))
+        bits = rest if rest.any() else bits
+    return bits
+
+
+def adjusted(logits: torch.Tensor, row: SampledRow) -> torch.Tensor:
+    """A copy of one row's logits [vocab] with its grammar, suppressed ids, bias and penalties applied. Raises RequestFailed."""
+    device, params = logits.device, row.params
+    if row.guide is not None:
+        bits = np.unpackbits(allowed_ids(row, logits.shape[0]), bitorder="little", count=logits.shape[0])
+        logits = logits.masked_fill(torch.from_numpy(bits == 0).to(device), -torch.inf)
+    else:
+        logits = logits.clone()
+    if row.suppress and row.guide is None:
         logits[torch.tensor(row.suppress, device=device)] = -torch.inf
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
@@ -175,19 +207,23 @@ def survivors(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tenso
 
 
 def nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Places, ascending, of the fewest largest weights whose sum reaches top_p of the total; the lower of equals first."""
-    wanted = top_p * float(weights.sum(dtype=torch.float64))
-    size = weights.shape[0]
-    for width in (*(few for few in _CANDIDATES if few < size), size):  # a few nearly always do; a full sort is slow
-        largest = weights.topk(width).values
-        sums = largest.cumsum(0, dtype=torch.float64)
-        count = 1 + int((sums[:-1] < wanted).sum())
-        if count < width:
-            break
-    least = largest[count - 1]
-    above = (weights > least).nonzero().squeeze(-1)
-    equal = (weights == least).nonzero().squeeze(-1)
-    return torch.cat((above, equal[: count - above.shape[0]])).sort().values
+    """Places, ascending, of the fewest largest weights whose sum reaches top_p of the total; the lower of equals first.
+
+    Weights are >= 0, so their bits are in their order: the highest bits put them into classes, and only the class in which the
+    sum is reached is sorted, however flat the distribution.
+    """
+    classes = (weights.view(torch.int32) >> (23 - _OCTAVE_BITS)).long()
+    depths = classes.max() - classes
+    sums = torch.bincount(depths, weights=weights.double()).cumsum(0)
+    wanted = top_p * float(sums[-1])
+    depth = int(torch.searchsorted(sums, wanted))
+    members = (depths == depth).nonzero().squeeze(-1)
+    largest = weights[members].sort(descending=True, stable=True)
+    running = largest.values.cumsum(0, dtype=torch.float64) + (sums[depth - 1] if depth else 0.0)
+    count = 1 + int((running[:-1] < wanted).sum())
+    kept = depths < depth
+    kept[members[largest.indices[:count]]] = True
+    return kept.nonzero().squeeze(-1)
 
 
 def draw(scaled: torch.Tensor, uniform: float) -> int:

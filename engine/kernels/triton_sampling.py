@@ -1,9 +1,10 @@
 """Sampling on the device without waiting for it: the meaning is `engine.kernels.sampling`'s, the work is two kernels.
 
-The host packs the parameters of the rows that need more than their likeliest token and copies them once. Penalties and bias
-are applied to a copy of those rows; one program then picks each row's token. top_k and top_p find their thresholds by
-searching the bits of a value, 2 bits a pass over the row, so nothing is sorted. Rows with unusable logits are told apart by
-their largest raw logit, as in `sampling`. Nothing here waits until `collect`. The kernels have not yet run on a GPU.
+The host packs the parameters of the rows that need more than their likeliest token and copies them once. Grammars' masks (made
+by the host while the device computed the step), penalties and bias are applied to a copy of those rows; one program then picks
+each row's token. top_k and top_p find their thresholds by searching the bits of a value, 2 bits a pass over the row, so nothing
+is sorted. Rows with unusable logits are told apart by their largest raw logit, as in `sampling`. Nothing of the device's is
+waited for until `collect`. The kernels have not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -19,13 +20,26 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.sampling import LOGPROB_FLOOR, Sample, SampledRow, takes_likeliest
+from engine.errors import RequestFailed
+from engine.kernels.sampling import LOGPROB_FLOOR, Sample, SampledRow, allowed_ids, takes_likeliest
 from engine.types import TokenLogprob
 
 _BLOCK = 4096  # ids that a program looks at together
 _ENTRIES = 256
 _IN_PROMPT = tl.constexpr(1 << 30)  # bit of a count that says: somewhere in the sequence
 _TOP_KEY = tl.constexpr(0x7F800000)  # bits of infinity
+
+
+@triton.jit
+def mask_kernel(logits_ptr, rows_ptr, bits_ptr, vocab, words, BLOCK: tl.constexpr):
+    """logits[row, id] = -inf where the bit of the id is 0, for rows with `words` int32 of bits each."""
+    entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + entry).to(tl.int64)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < vocab
+    word = tl.load(bits_ptr + entry * words + (ids >> 5), mask=inside, other=0)
+    shut = ((word >> (ids & 31)) & 1) == 0
+    tl.store(logits_ptr + row * vocab + ids, float("-inf"), mask=inside & shut)
 
 
 @triton.jit
@@ -229,6 +243,7 @@ class DeviceSampled:
     tokens: torch.Tensor  # [S] int64; -1: every id suppressed
     logprobs: Logprobs | None
     done: Any  # CUDA event after the copies, or None
+    errors: dict[int, str]  # by place in the batch: rows whose grammar came to no end
 
     def collect(self) -> list[Sample]:
         """One outcome per row. Waits for the device."""
@@ -236,12 +251,15 @@ class DeviceSampled:
             self.done.synchronize()
         best, tokens = self.best.tolist(), self.tokens.tolist()
         entries = self.logprobs.entries(tokens) if self.logprobs else {}
-        return [_outcome(*pair, entries.get(place)) for place, pair in enumerate(zip(best, tokens, strict=True))]
+        outcomes = enumerate(zip(best, tokens, strict=True))
+        return [_outcome(*pair, entries.get(place), self.errors.get(place)) for place, pair in outcomes]
 
 
-def _outcome(best: float, token: int, logprob: TokenLogprob | None) -> Sample:
+def _outcome(best: float, token: int, logprob: TokenLogprob | None, error: str | None) -> Sample:
     if not math.isfinite(best):
         return Sample(error="the model's logits are not finite")
+    if error is not None:
+        return Sample(error=error)
     if token < 0:
         return Sample(error="no token may be sampled: all are suppressed")
     return Sample(token, logprob)
@@ -251,16 +269,38 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> DeviceSampled:
     """Choose the next token of each row, as `sampling.sample` does. `logits` is float32 [S, vocab] and left unchanged."""
     best, tokens = logits.max(dim=-1)
     places = [place for place, row in enumerate(rows) if not takes_likeliest(row)]
+    errors: dict[int, str] = {}
     if places:
         where = _send(np.array(places, np.int64), logits.device)
-        tokens[where] = _pick(logits.index_select(0, where), [rows[place] for place in places])
+        chosen = logits.index_select(0, where)
+        errors = {places[index]: text for index, text in _mask(chosen, [rows[place] for place in places]).items()}
+        tokens[where] = _pick(chosen, [rows[place] for place in places])
     logprobs = _logprobs(logits, tokens, rows)
     best, tokens, logprobs = _fetch(best), _fetch(tokens), logprobs and _fetch_logprobs(logprobs)
     done = None
     if logits.is_cuda:
         done = torch.cuda.Event()
         done.record()
-    return DeviceSampled(best, tokens, logprobs, done)
+    return DeviceSampled(best, tokens, logprobs, done, errors)
+
+
+def _mask(logits: torch.Tensor, rows: Sequence[SampledRow]) -> dict[int, str]:
+    """Shut out in `logits` [N, vocab] what the rows' grammars do not allow. The errors of grammars, by row."""
+    vocab = logits.shape[1]
+    masks: dict[int, npt.NDArray[np.uint8]] = {}
+    errors: dict[int, str] = {}
+    for index, row in enumerate(rows):
+        if row.guide is not None:
+            try:
+                masks[index] = allowed_ids(row, vocab)
+            except RequestFailed as error:
+                errors[index] = str(error)
+    if masks:
+        bits = _send(np.stack(list(masks.values())).view(np.int32), logits.device)
+        places = _send(np.array(list(masks), np.int32), logits.device)
+        block = min(_BLOCK, triton.next_power_of_2(vocab))
+        mask_kernel[(len(masks), triton.cdiv(vocab, block))](logits, places, bits, vocab, bits.shape[1], BLOCK=block)
+    return errors
 
 
 def _pick(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
@@ -297,7 +337,7 @@ def _add_bias(logits: torch.Tensor, rows: Sequence[SampledRow]) -> None:
     for index, row in enumerate(rows):
         for token, bias in row.params.logit_bias:
             added[index, token] = added.get((index, token), 0.0) + bias
-        for token in row.suppress:
+        for token in row.suppress if row.guide is None else ():
             added[index, token] = -math.inf
     if added:
         places = _send(np.array(list(added), np.int32).T.copy(), logits.device)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from engine.types import SamplingParams, Tenant, TokenLogprob
+from engine.types import Guide, SamplingParams, Tenant, TokenLogprob
 
 StopCondition = Callable[[int], bool]
 """Asked before each layer but the first, with that layer's index; True parks the pass there."""
@@ -33,6 +33,7 @@ class PlanRow(msgspec.Struct, frozen=True):
     params: SamplingParams
     uniform: float  # the number in [0, 1) that chooses the token, see types.uniform
     suppress: tuple[int, ...] = ()  # ids that must not be sampled now (stop ids before min_tokens)
+    guide: Guide | None = None  # a row that samples under a grammar: the guide is prepared for these very tokens
 
     @property
     def end(self) -> int:

@@ -7,7 +7,7 @@ WAITING -> RUNNING (admitted), RUNNING -> WAITING (preempted, pages lost), any -
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.clock import Clock
@@ -19,7 +19,7 @@ from engine.sched.policies import Budget, Policy
 from engine.sched.predictor import OutputLengths, peak_tokens
 from engine.sched.queue import TenantQueue
 from engine.sched.view import View
-from engine.types import FinishReason, Request, RequestState, Submit, Tenant, TokenLogprob, TokenOut, uniform
+from engine.types import FinishReason, Grammar, Guide, Request, RequestState, Submit, Tenant, TokenLogprob, TokenOut, uniform
 
 
 @dataclass(slots=True)
@@ -102,6 +102,7 @@ class Scheduler:
         eos_ids: Iterable[int] = (),
         step_time: StepTime | None = None,
         max_parked_tokens: int = 16384,
+        open_guide: Callable[[Grammar], Guide] | None = None,
     ) -> None:
         """`max_parked_tokens`: most tokens whose hidden states are kept in passes stopped between layers."""
         self.kv = kv
@@ -112,6 +113,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
         self.step_time = step_time or StepTime()
+        self._open_guide = open_guide
         self.counters = {tenant: TenantCounters() for tenant in Tenant}
         self._requests: dict[str, Request] = {}
         self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
@@ -130,6 +132,10 @@ class Scheduler:
         assert submit.id not in self._requests, submit.id
         params = submit.params
         longest = self.max_model_len if params.max_tokens is None else len(submit.prompt) + params.max_tokens
+        guide = None
+        if params.grammar is not None:
+            assert self._open_guide is not None, "checked where the request entered"
+            guide = self._open_guide(params.grammar)
         request = Request(
             id=submit.id,
             tenant=submit.tenant,
@@ -137,11 +143,13 @@ class Scheduler:
             num_prompt=len(submit.prompt),
             params=params,
             seed=submit.seed,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
+            # A grammar says itself where the output ends, with an end-of-sequence token.
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos and not guide else self.eos_ids),
             max_len=min(longest, self.max_model_len),
             arrival=self.clock.now(),
             priority=submit.priority,
             cache_salt=submit.cache_salt,
+            guide=guide,
         )
         assert 0 < request.num_prompt < request.max_len, "checked where the request entered"
         assert len(request.tokens) < request.max_len, "it had ended already"
@@ -204,6 +212,9 @@ class Scheduler:
         params = request.params
         sample = end == known
         num_output = known - request.num_prompt
+        guide = request.guide if sample else None
+        if guide is not None:
+            guide.prepare(request.tokens, request.num_prompt)
         step.add(
             PlanRow(
                 request.id,
@@ -216,12 +227,21 @@ class Scheduler:
                 sample,
                 params,
                 uniform(request.seed, num_output) if sample and params.temperature else 0.0,
-                tuple(request.stop_ids) if num_output < params.min_tokens else (),
+                self._suppressed(request, num_output),
+                guide,
             )
         )
 
+    def _suppressed(self, request: Request, num_output: int) -> tuple[int, ...]:
+        """Ids that must not come now. Under a grammar that leaves nothing else they come all the same, see `sampling`."""
+        if num_output < request.params.min_tokens:
+            return tuple(request.stop_ids)
+        return tuple(self.eos_ids) if request.guide is not None and request.params.ignore_eos else ()
+
     def _admit(self, request: Request, step: _Step, view: View) -> bool:
         """Start a waiting request: pages for all its tokens, and a place among the running ones."""
+        if request.guide is not None and not request.guide.ready:
+            return False
         victims = [v for v in self.policy.victims(view, request) if v.id not in step.placed]
         prefix = self.kv.find_prefix(request)
         if not self._peak_fits(request, prefix, frozenset(victims)):
@@ -354,7 +374,8 @@ class Scheduler:
         counters.generated_tokens += 1
         tokens = request.tokens
         tokens.append(result.token)
-        if result.token in request.stop_ids and len(tokens) - request.num_prompt >= request.params.min_tokens:
+        long_enough = len(tokens) - request.num_prompt >= request.params.min_tokens or request.guide is not None
+        if result.token in request.stop_ids and long_enough:
             return self._finish(request, FinishReason.STOP, result, stop_token=result.token)
         if len(tokens) >= request.max_len:
             return self._finish(request, FinishReason.LENGTH, result)

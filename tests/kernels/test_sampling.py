@@ -11,10 +11,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.errors import RequestFailed
 from engine.kernels.sampling import LOGPROB_FLOOR, Sample, draw, nucleus, sample, survivors, token_logprobs
 from engine.types import SamplingParams, uniform
 
 GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A guide that allows the same ids for ever, or has failed."""
+
+    ids: tuple[int, ...] = ()
+    error: str | None = None
+    ready = True
+
+    def prepare(self, tokens: object, num_prompt: int) -> None: ...
+
+    def allowed(self) -> bytes:
+        if self.error is not None:
+            raise RequestFailed(self.error)
+        return sum(1 << i for i in self.ids).to_bytes(16, "little")
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class Row:
     num_prompt: int = 1
     uniform: float = 0.5
     suppress: tuple[int, ...] = ()
+    guide: Fixed | None = None
 
     @property
     def end(self) -> int:
@@ -256,3 +274,58 @@ def test_logprobs_of_many_positions() -> None:
         assert entry.logprob == pytest.approx(float(expected[i, token]))
         assert entry.rank == expected[i].argsort(descending=True).tolist().index(token) + 1
         assert [t for t, _ in entry.top] == expected[i].argsort(descending=True)[:2].tolist()
+
+
+def test_a_grammar_leaves_only_what_it_allows() -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    guide = Fixed((3, 17, 33))
+    assert one(logits, Row(guide=guide)).token == max(guide.ids, key=lambda i: float(logits[i]))
+    drawn = {one(logits, Row(SamplingParams(temperature=2.0), uniform=i / 50, guide=guide)).token for i in range(50)}
+    assert drawn == set(guide.ids)
+
+
+def test_a_grammar_with_every_other_parameter() -> None:
+    params = SamplingParams(
+        temperature=1.5,
+        top_k=5,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        logit_bias=((1, 100.0),),
+        logprobs=1,
+    )
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    found = one(logits, Row(params, tokens=(2, 3), guide=Fixed((2, 3))))
+    assert found.token in (2, 3)
+    assert found.logprob is not None
+    assert found.logprob.logprob == pytest.approx(float(logits.log_softmax(-1)[found.token]), abs=1e-5)  # of the raw logits
+
+
+def test_suppressed_ids_come_where_the_grammar_leaves_nothing_else() -> None:
+    assert one([9.0, 1.0, 2.0], Row(suppress=(0,), guide=Fixed((0, 1)))).token == 1
+    assert one([9.0, 1.0, 2.0], Row(suppress=(0,), guide=Fixed((0,)))).token == 0
+
+
+def test_a_grammar_that_fails_or_allows_nothing_ends_its_row_alone() -> None:
+    rows = [Row(guide=Fixed(error="too hard")), Row(), Row(guide=Fixed())]
+    found = sample(torch.tensor([[1.0, 2.0]] * 3), rows).collect()
+    assert found[0].error == "too hard"
+    assert found[1].token == 1
+    assert found[2].error is not None and found[2].token is None
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.01, 0.5, 2.0, 8.0]), st.floats(0.01, 1.0), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_nucleus_is_what_sorting_all_finds(seed: int, spread: float, top_p: float, coarse: bool) -> None:
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * spread
+    if coarse:
+        logits = logits.round()  # many equals
+    weights = (logits - logits.max()).exp()
+    order = weights.sort(descending=True, stable=True)
+    sums = order.values.double().cumsum(0)
+    count = 1 + int((sums[:-1] < top_p * float(sums[-1])).sum())
+    got = nucleus(weights, top_p)
+    if abs(float(sums[count - 1]) / float(sums[-1]) - top_p) > 1e-12:  # else rounding decides
+        assert torch.equal(got, order.indices[:count].sort().values)
+    assert float(weights[got].double().sum()) >= top_p * float(sums[-1]) * (1 - 1e-12)

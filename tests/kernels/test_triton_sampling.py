@@ -13,11 +13,28 @@ if DEVICE is None:
 
 import torch
 
+from engine.errors import RequestFailed
 from engine.kernels import sampling
 from engine.kernels.triton_sampling import sample
 from engine.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A guide that allows the same ids for ever, or has failed."""
+
+    ids: tuple[int, ...] = ()
+    error: str | None = None
+    ready = True
+
+    def prepare(self, tokens: object, num_prompt: int) -> None: ...
+
+    def allowed(self) -> bytes:
+        if self.error is not None:
+            raise RequestFailed(self.error)
+        return sum(1 << i for i in self.ids).to_bytes(16, "little")
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Row:
     num_prompt: int = 1
     uniform: float = 0.5
     suppress: tuple[int, ...] = ()
+    guide: Fixed | None = None
 
     @property
     def end(self) -> int:
@@ -136,3 +154,21 @@ def test_a_row_does_not_see_its_batch_mates():
     alone = [sample(logits[i : i + 1], [row]).collect()[0] for i, row in enumerate(batch)]
 
     assert together == alone
+
+
+@pytest.mark.parametrize("vocab", [33, 101])
+def test_grammars_masks(vocab: int) -> None:
+    """Beside rows without one, with suppressed ids that the grammar must have, and with a grammar that failed."""
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    drawn = SamplingParams(temperature=1.5, top_p=0.9, presence_penalty=0.5, logit_bias=((2, 3.0),))
+    rows = [
+        Row(guide=Fixed((0, 7, 31, 32))),
+        Row(drawn, (1, 2), 1, 0.9, guide=Fixed((2, 5, 9))),
+        Row(),
+        Row(suppress=(4,), guide=Fixed((4, 8))),
+        Row(suppress=(4,), guide=Fixed((4,))),
+        Row(drawn, guide=Fixed(error="too hard")),
+    ]
+    got = sample(logits, rows).collect()
+    same(got, sampling.sample(logits.cpu(), rows).collect())
+    assert [got[3].token, got[4].token, got[5].error] == [8, 4, "too hard"]

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import MESSAGES
 
-from engine.calls import CHAT, COMPLETIONS, Call, decode, parse
+from engine.calls import CHAT, COMPLETIONS, Call, parse
 from engine.errors import InvalidRequest
-from engine.types import Tenant
+from engine.types import Grammar, Tenant
+from engine.wire import decode
 
 CHAT_BODY = {"messages": MESSAGES}
 TEXT_BODY = {"prompt": "a"}
@@ -146,7 +147,8 @@ def test_messages_become_text() -> None:
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": 5, "content": "x"}], "messages[0].role"),
         ([{"role": "wizard", "content": "x"}], "messages[0].role"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "function", "content": "x"}], "messages[0].role"),
+        ([{"role": "tool"}], "messages[0].content"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": []}], "messages[0].content"),
@@ -155,7 +157,7 @@ def test_messages_become_text() -> None:
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": "\udfff"}], "messages[0].content"),
         ([{"role": "user", "content": "x", "name": 5}], "messages[0].name"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
         ([*MESSAGES, {"role": "user", "content": None}], "messages[1].content"),
         (MESSAGES * 4097, "messages"),
     ],
@@ -167,14 +169,9 @@ def test_bad_messages(messages: Any, param: str) -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema"}),
-        ("guided_json", {}),
-        ("guided_regex", "a"),
-        ("structured_outputs", {}),
+        ("guided_decoding_backend", "outlines"),
+        ("ebnf", 'root ::= "a"'),
         ("best_of", 2),
         ("bad_words", ["a"]),
         ("use_beam_search", True),
@@ -202,7 +199,8 @@ def test_what_is_not_supported_is_said(name: str, value: Any) -> None:
         {"response_format": {"type": "text"}},
         {"best_of": 1},
         {"n": 3, "best_of": 3},
-        {"guided_json": None},
+        {"guided_json": None, "structured_outputs": {}},
+        {"structured_outputs": {"json": None, "json_object": False, "disable_fallback": True}},
         {"user": "u", "metadata": {"a": "b"}, "store": True, "safety_identifier": "x", "verbosity": "low"},
         {"parallel_tool_calls": True, "prompt_cache_key": "k"},
         {"a_field_of_next_year": {"deep": [1]}},
@@ -280,6 +278,77 @@ def test_no_output_needs_an_echo() -> None:
 
 def test_unknown_url() -> None:
     assert refused("/v1/embeddings", {}).code == "unsupported_url"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "extra, kind, text, param",
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}', "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
+            "json_schema",
+            json.dumps(SCHEMA),
+            "response_format",
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", json.dumps(SCHEMA), "structured_outputs.json"),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "json_schema", json.dumps(SCHEMA), "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type": "object"}', "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+", "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": ["a", "é"]}}, "choice", '["a", "é"]', "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark", 'start: "a"', "structured_outputs.grammar"),
+        ({"guided_json": SCHEMA}, "json_schema", json.dumps(SCHEMA), "guided_json"),
+        ({"guided_regex": "a+", "response_format": {"type": "text"}}, "regex", "a+", "guided_regex"),
+        ({"guided_choice": ["a"]}, "choice", '["a"]', "guided_choice"),
+        ({"guided_grammar": 'start: "a"'}, "lark", 'start: "a"', "guided_grammar"),
+    ],
+)
+@pytest.mark.parametrize("url", [CHAT, COMPLETIONS])
+def test_constraints(url: str, extra: dict[str, Any], kind: str, text: str, param: str) -> None:
+    call = parse(url, (CHAT_BODY if url == CHAT else TEXT_BODY) | extra)
+
+    assert call.params.grammar == Grammar(kind, text)  # type: ignore[arg-type]
+    assert call.constraint is not None and call.constraint.param == param
+
+
+@pytest.mark.parametrize(
+    "extra, param",
+    [
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
+        ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs.json_object"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "a" * 200_000}, "guided_regex"),
+        ({"guided_json": json.loads('{"not":' * 70 + "{}" + "}" * 70)}, "guided_json"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_constraints_that_cannot_be(extra: dict[str, Any], param: str) -> None:
+    assert refused(CHAT, CHAT_BODY | extra).param == param
+
+
+def test_tools_and_what_came_of_them() -> None:
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    ]
+    call = parse(CHAT, {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]})
+
+    assert call.messages == tuple(messages)
+    assert call.offer is not None and [tool.name for tool in call.offer.tools] == ["f"]
+    assert refused(COMPLETIONS, TEXT_BODY | {"tools": [{"type": "function"}]}).code == "unsupported_parameter"
 
 
 @pytest.mark.parametrize(

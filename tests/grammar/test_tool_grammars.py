@@ -1,0 +1,119 @@
+"""Every sentence of a tool grammar is understood by the reader of the same format, and its arguments fit the schema."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from helpers import tiny_checkpoint
+
+from engine.grammar import Grammars
+from engine.tokenizer import Tokenizer
+from engine.tool_calls import FORMATS, whole_calls
+from engine.tools import read_offer
+from engine.types import Grammar
+
+EOS = 258
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "maxLength": 5},
+                    "where": {"$ref": "#/$defs/place"},
+                    "unit": {"enum": ["C", "F"]},
+                },
+                "required": ["where"],
+                "additionalProperties": False,
+                "$defs": {
+                    "place": {
+                        "type": "object",
+                        "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}},
+                        "required": ["x"],
+                        "additionalProperties": False,
+                    }
+                },
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {"name": "stop", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def grammars(tmp_path_factory):
+    tokenizer = Tokenizer.load(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+    made = Grammars(lambda: tokenizer, 264, (EOS,))
+    yield made
+    made.close()
+
+
+def write(grammars: Grammars, text: str, seed: int) -> str:
+    rng, guide, tokens = random.Random(seed), grammars.open(Grammar("lark", text)), [0]
+    grammars.check(Grammar("lark", text))
+    while len(tokens) < 4000:
+        guide.prepare(tokens, 1)
+        mask = guide.allowed()
+        choices = [i for i in range(264) if mask[i >> 3] >> (i & 7) & 1]
+        if EOS in choices and (len(choices) == 1 or rng.random() < 0.5):
+            return bytes(tokens[1:]).decode()
+        if len(choices) > 100 and "</parameter>" in text and rng.random() < 0.3:
+            tokens += b"\n</parameter>\n"  # nobody finds that by chance
+            continue
+        closing = [i for i in choices if i < 256 and i in b'"}<\n']  # keep strings short
+        plain = [i for i in choices if 32 <= i < 127] or [i for i in choices if i < 256]
+        tokens.append(rng.choice(closing if closing and rng.random() < 0.3 else plain))
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("seed", range(6))
+def test_required_calls(grammars, name, seed):
+    offer = read_offer(TOOLS, "required", None)
+    text = write(grammars, FORMATS[name].grammar(offer), seed)
+    found = FORMATS[name].reader(offer).push(text, last=True)
+    assert found.content == "", text
+    calls = whole_calls(found.parts)
+    assert calls, text
+    for call in calls:
+        arguments = json.loads(call["function"]["arguments"])
+        if call["function"]["name"] == "stop":
+            assert arguments == {}
+            continue
+        assert set(arguments) <= {"city", "where", "unit"}
+        assert 0 <= arguments["where"]["x"] <= 99
+        assert arguments.get("unit", "C") in ("C", "F")
+        assert isinstance(arguments.get("city", ""), str)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_one_call_alone(grammars, name):
+    for choice, parallel in (({"type": "function", "function": {"name": "stop"}}, None), ("required", False)):
+        offer = read_offer(TOOLS, choice, parallel)
+        for seed in range(4):
+            found = FORMATS[name].reader(offer).push(write(grammars, FORMATS[name].grammar(offer), seed), last=True)
+            calls = whole_calls(found.parts)
+            assert len(calls) == 1
+            if parallel is None:
+                assert calls[0]["function"]["name"] == "stop"
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_calls_or_an_answer(grammars, name):
+    offer = read_offer(TOOLS, "auto", False)
+    schema = {"type": "object", "properties": {"answer": {"const": 42}}, "required": ["answer"], "additionalProperties": False}
+    kinds = set()
+    for seed in range(12):
+        text = write(grammars, FORMATS[name].grammar(offer, schema), seed)
+        found = FORMATS[name].reader(offer).push(text, last=True)
+        kinds.add(bool(found.parts))
+        if not found.parts:
+            assert json.loads(found.content) == {"answer": 42}
+    assert kinds == {True, False}
