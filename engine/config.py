@@ -27,6 +27,14 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "sluice"
 
 
+def state_dir() -> Path:
+    """Where Sluice keeps what it cannot make again: $SLUICE_STATE, else $XDG_STATE_HOME/sluice, else ~/.local/state/sluice."""
+    if explicit := os.environ.get("SLUICE_STATE"):
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "sluice"
+
+
 def child_environment() -> dict[str, str]:
     """The environment for a child process that must import this very project, wherever it was imported from."""
     here = str(Path(__file__).resolve().parent.parent)

@@ -151,6 +151,11 @@ class Slots:
         self._taken = self._bytes = 0
         self._waiting: list[tuple[Run, int, asyncio.Future[bool]]] = []
 
+    def resize(self, lines: int) -> None:
+        """From now on as many lines."""
+        self._lines = lines
+        self._grant()
+
     def fits(self, size: int) -> bool:
         return self._taken == 0 or (self._taken < self._lines and self._bytes + size <= self._size)
 

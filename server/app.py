@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
-from server import admin, completions, dashboard, tokens
+from server import admin, batches, completions, dashboard, files, tokens
 from server.auth import Access
 from server.config import ServerConfig
 from server.http import Handler, border, name_response
@@ -29,6 +29,17 @@ class Route(NamedTuple):
 ROUTES = (
     Route("POST", "/v1/chat/completions", completions.chat),
     Route("POST", "/v1/completions", completions.completions),
+    Route("POST", "/v1/files", files.create),
+    Route("GET", "/v1/files", files.index),
+    Route("GET", "/v1/files/{id}", files.show),
+    Route("DELETE", "/v1/files/{id}", files.delete),
+    Route("GET", "/v1/files/{id}/content", files.content),
+    Route("POST", "/v1/batches", batches.create),
+    Route("GET", "/v1/batches", batches.index),
+    Route("GET", "/v1/batches/{id}", batches.show),
+    Route("POST", "/v1/batches/{id}/cancel", batches.cancel),
+    Route("POST", "/v1/batches/{id}/pause", batches.pause),
+    Route("POST", "/v1/batches/{id}/resume", batches.resume),
     Route("GET", "/v1/models", admin.models, Access.MODELS),
     Route("GET", "/v1/models/{id:.+}", admin.model, Access.MODELS),
     Route("POST", "/tokenize", tokens.tokenize),

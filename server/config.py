@@ -66,6 +66,15 @@ class ServerConfig:
     stuck_step_timeout: float = _knob(60.0, "a step that runs for longer is reported, and /health answers 503; 0: never")
     status_interval: float = _knob(10.0, "while there is work, log a line per tenant this often; 0: never")
     enable_log_requests: bool = _knob(False, "log a line for every answered request")
+    data_dir: str | None = _knob(
+        None, "folder for files and batches, or 'none' for neither (default: sluice in the user's state folder)"
+    )
+    data_quota: int = _knob(0, "most bytes of stored files; 0: no limit")
+    max_file_size: int = _knob(200 * 2**20, "largest file taken")
+    max_batches: int = _knob(1000, "most unfinished batches")
+    max_batch_lines: int = _knob(100_000, "most lines of a batch")
+    max_line_bytes: int = _knob(2**20, "longest line of a batch")
+    max_inflight: int = _knob(0, "most lines of all batches in flight; 0: twice --max-num-seqs")
     log_format: str = _knob("text", "form of log lines", choices=("text", "json"))
     log_level: str = _knob("info", "least severe log lines shown", choices=("debug", "info", "warning", "error"))
     clients: tuple[Client, ...] = field(default=(), metadata={"file": "api_keys_file"})  # those of the clients file

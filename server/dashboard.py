@@ -11,6 +11,7 @@ import functools
 import hashlib
 import re
 import time
+from dataclasses import asdict
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -186,5 +187,5 @@ def _kv(engine: Engine, stats: Stats) -> Json:
 
 
 def jobs_of(service: Service) -> list[Json]:
-    """Jobs with their progress, nearest deadline first."""
-    return []
+    """Jobs with their progress, in the order in which they are served, then those that ended lately."""
+    return [] if service.batches is None else [asdict(view) for view in service.batches.summary()]

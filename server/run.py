@@ -25,6 +25,7 @@ from server.admission import Connections
 from server.app import app_of
 from server.clients import read_clients
 from server.config import ServerConfig
+from server.jobs import Jobs, open_jobs
 from server.listen import address, bind, load_certificates, tls, unbind
 from server.service import Phase, Service
 from server.status import report_status, sample_memory, watch_loop_lag
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED, EXIT_SETUP = 0, 1, 2
+_JOB_GRACE = 2.0  # seconds that lines of jobs in flight get to finish
 _DEATH_GRACE = 1.0  # seconds in which streams hear that the engine died
 
 
@@ -52,20 +54,29 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         log.error("cannot listen on %s: %s", where, error)
         return EXIT_SETUP
     try:
-        return asyncio.run(_Process(engine_config, config, listener, context).run())
+        batches = open_jobs(config)
+        return asyncio.run(_Process(engine_config, config, listener, context, batches).run())
+    except InvalidConfig as error:
+        log.error("%s", error)
+        return EXIT_SETUP
     finally:
         unbind(listener, config)
 
 
 class _Process:
     def __init__(
-        self, engine_config: EngineConfig, config: ServerConfig, listener: socket.socket, context: ssl.SSLContext | None
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        listener: socket.socket,
+        context: ssl.SSLContext | None,
+        batches: Jobs | None,
     ) -> None:
         self.engine_config = engine_config
         self.config = config
         self.listener = listener
         self.context = context
-        self.service = Service(config)
+        self.service = Service(config, batches=batches)
         self.stop = asyncio.Event()
 
     async def run(self) -> int:
@@ -140,6 +151,8 @@ class _Process:
         try:
             return await self._serve(engine, stop)
         finally:
+            if self.service.batches is not None:
+                await asyncio.to_thread(self.service.batches.close)
             await asyncio.to_thread(engine.close)
 
     def _load(self) -> asyncio.Future[Engine]:
@@ -183,9 +196,14 @@ class _Process:
             return EXIT_FAILED
         self.service.phase = Phase.DRAINING
         log.info("draining %d requests, for %g s at most", self.service.in_flight.total, self.config.shutdown_timeout)
-        await self.service.drain(self.config.shutdown_timeout)
+        await asyncio.gather(self._stop_jobs(), self.service.drain(self.config.shutdown_timeout))
         log.info("bye")
         return EXIT_OK
+
+    async def _stop_jobs(self) -> None:
+        """Jobs are not drained: what they have is on disk, and the next server goes on."""
+        if self.service.batches is not None:
+            await asyncio.to_thread(self.service.batches.close, min(_JOB_GRACE, self.config.shutdown_timeout))
 
 
 async def _death(engine: Engine) -> None:

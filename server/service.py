@@ -16,6 +16,7 @@ from server.admission import Bodies, Connections, InFlight, Refused
 from server.auth import Keys
 from server.clients import Client
 from server.config import ServerConfig
+from server.jobs import Jobs
 from server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Phase(enum.Enum):
 class Service:
     """One server. `engine` is None until the model is loaded."""
 
-    def __init__(self, config: ServerConfig, engine: Engine | None = None) -> None:
+    def __init__(self, config: ServerConfig, engine: Engine | None = None, batches: Jobs | None = None) -> None:
         self.config = config
         self.metrics = Metrics(config.metrics_compat)
         self.stuck = 0.0  # seconds for which a step has been running, once that is too long
@@ -42,6 +43,7 @@ class Service:
         self.bodies = Bodies(config.max_body_memory)
         self.metrics.in_flight.set_function(lambda: self.in_flight.total)
         self.jobs: set[Job] = set()
+        self.batches = batches  # None: this server keeps no files and batches. Closing them stays the caller's business
         self.connections: Connections | None = None  # where the server owns its socket
         self.leave: Callable[[], None] = self._refuse_work  # drain and end, as on SIGTERM
         self.phase = Phase.LOADING
@@ -59,6 +61,8 @@ class Service:
         targets = {"ttft": self.config.ttft_slo_ms, "tpot": engine.config.tpot_slo_ms}
         self.metrics.recent.targets = {kind: ms / 1e3 for kind, ms in targets.items() if ms}
         self.metrics.watch(engine)
+        if self.batches is not None:
+            self.batches.attach(engine)
         self.phase = Phase.READY
 
     @property

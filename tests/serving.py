@@ -21,6 +21,7 @@ from engine.tokenizer import Tokenizer
 from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
+from server.jobs import open_jobs
 from server.service import Service
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -107,9 +108,10 @@ def parse_events(text: str) -> list[Any]:
 
 @contextlib.asynccontextmanager
 async def serving(engine: Engine | None, **options: Any) -> AsyncIterator[Server]:
-    """Serve `engine` with the server options given."""
-    config = ServerConfig(**options)
-    service = Service(config, engine)
+    """Serve `engine` with the server options given; files and batches only with a `data_dir`."""
+    config = ServerConfig(**{"data_dir": "none"} | options)
+    batches = open_jobs(config)
+    service = Service(config, engine, batches)
     runner = web.AppRunner(app_of(service), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     assert runner.server is not None
@@ -122,3 +124,5 @@ async def serving(engine: Engine | None, **options: Any) -> AsyncIterator[Server
         finally:
             listener.close()
             await runner.cleanup()
+            if batches is not None:
+                await asyncio.to_thread(batches.close)

@@ -1,0 +1,420 @@
+"""What survives of files and batches: a folder under a lock, a SQLite database (WAL) in it, and one file of bytes per file id.
+
+    DATA_DIR/lock      held by the one server that uses the folder
+    DATA_DIR/jobs.db   the records of files and batches
+    DATA_DIR/files/    uploads, outputs and error files under ids made here; `.part` while they are being written
+
+A name that a client sent is only ever data. Each call is one transaction, on disk when it returns; it may wait for the disk, so
+nothing on the way of an online request calls it in the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from engine.errors import InvalidConfig, Overloaded, SluiceError
+
+FILE_ID = re.compile(r"file-[0-9a-f]{32}")
+BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
+    purpose TEXT NOT NULL, bytes INTEGER NOT NULL, expires_at INTEGER, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS batches (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
+    active INTEGER NOT NULL, input TEXT NOT NULL, record BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS batches_active ON batches (active, input);
+"""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Rec = TypeVar("Rec", bound=msgspec.Struct)
+
+
+class StoreFull(SluiceError):
+    """The disk refused: nothing was changed. `code` is disk_full or disk_error."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DataDirInUse(InvalidConfig):
+    """Another process holds the folder."""
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored file. Times are Unix seconds."""
+
+    id: str
+    owner: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    sha256: str = ""
+    lines: int = 0
+
+
+class LineError(msgspec.Struct, frozen=True):
+    """Why a batch failed its validation."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class Harvested(msgspec.Struct, frozen=True):
+    """What the engine counted while a job ran. None: it does not count it."""
+
+    requests_preempted: float = 0.0
+    recomputed_tokens: float = 0.0
+    worker_stops: float | None = None
+    device_seconds: float | None = None
+
+
+class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch. Its counts and tokens are final once it has ended; while it runs, its records know better."""
+
+    id: str
+    owner: str
+    status: str = "validating"
+    endpoint: str
+    input_file_id: str
+    output_id: str  # where answers go; a file of the API once the batch has ended
+    error_id: str
+    completion_window: str
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    metadata: dict[str, str] | None = None
+    output_seconds: int | None = None  # life of the output files
+    priority: int = 0
+    skip_bad_lines: bool = False
+    paused: bool = False
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    estimate: float = 0.0  # tokens per line, guessed from the input
+    models: tuple[str, ...] = ()
+    errors: tuple[LineError, ...] = ()
+    running_seconds: float = 0.0
+    harvested: Harvested = Harvested()
+
+    @property
+    def job(self) -> str:
+        """The name in its records."""
+        return self.id.removeprefix("batch_")
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "failed", "expired", "cancelled")
+
+
+def new_id(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex
+
+
+class Upload:
+    """A file on its way in: written in pieces, then kept by `Store.keep` or forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        self.id = path.stem
+        self.path = path
+        self.size = 0
+        self.lines = 0
+        self._digest = hashlib.sha256()
+        self._last = b"\n"
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises StoreFull."""
+        with _disk("the upload"):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        self.size += len(data)
+        self.lines += data.count(b"\n")
+        self._last = data[-1:] or self._last
+        self._digest.update(data)
+
+    def sync(self) -> None:
+        with _disk("the upload"):
+            os.fsync(self._fd)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def num_lines(self) -> int:
+        """Blank ones included."""
+        return self.lines + (self._last != b"\n")
+
+    def close(self) -> None:
+        """Forget it, unless it was kept."""
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+class Store:
+    """The folder, held until `close`. Thread-safe. Raises DataDirInUse, or InvalidConfig if the folder cannot be used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = folder / "files"
+        self._lock = threading.RLock()
+        try:
+            self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.chmod(0o700)
+        except OSError as error:
+            raise InvalidConfig(f"--data-dir {folder}: {error.strerror}; name a folder that this user may write") from None
+        self._lock_fd = _take_lock(folder)
+        try:
+            self._db = self._open()
+        except (sqlite3.Error, OSError) as error:
+            os.close(self._lock_fd)
+            raise InvalidConfig(
+                f"--data-dir {folder}: its database cannot be used ({error}); restore jobs.db, or move the folder away"
+            ) from None
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.folder / "jobs.db", check_same_thread=False, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.executescript(_SCHEMA)
+            db.execute("SELECT count(*) FROM batches").fetchone()
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+        os.close(self._lock_fd)
+
+    # -- files
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes of a file are. Only for ids made here."""
+        assert FILE_ID.fullmatch(file_id), file_id
+        return self._files / file_id
+
+    def upload(self) -> Upload:
+        with _disk("the upload"):
+            return Upload(self._files / (new_id("file-") + ".part"))
+
+    def keep(self, upload: Upload, record: FileRecord) -> None:
+        """The upload is complete: from now on it is the file `record.id`. Raises StoreFull, and nothing is kept."""
+        upload.sync()
+        with _disk("the upload"):
+            upload.path.rename(self.path(record.id))
+            _sync_folder(self._files)
+        try:
+            with self._transaction() as db:
+                self._insert_file(db, record)
+        except BaseException:
+            self.path(record.id).unlink(missing_ok=True)
+            raise
+
+    def file(self, file_id: str) -> FileRecord | None:
+        return self._one("files", file_id, FileRecord) if FILE_ID.fullmatch(file_id) else None
+
+    def files(
+        self, owner: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None
+    ) -> tuple[list[FileRecord], bool]:
+        """A page of files, and whether more follow."""
+        where, values = ("AND purpose = ?", (purpose,)) if purpose else ("", ())
+        return self._page("files", FileRecord, owner, after, limit, newest_first, where, values)
+
+    def delete_file(self, file_id: str) -> str | None:
+        """Returns the unfinished batch that reads the file: then it stays."""
+        with self._transaction() as db:
+            user = db.execute("SELECT id FROM batches WHERE active AND input = ? LIMIT 1", (file_id,)).fetchone()
+            if user is not None:
+                return str(user[0])
+            db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        with _disk("the file"):
+            self.path(file_id).unlink(missing_ok=True)
+        return None
+
+    def expired_files(self, now: float) -> list[str]:
+        """Files past their time that no unfinished batch reads."""
+        rows = self._query(
+            "SELECT id FROM files WHERE expires_at <= ? AND id NOT IN (SELECT input FROM batches WHERE active)", now
+        )
+        return [row[0] for row in rows]
+
+    def total_bytes(self) -> int:
+        return int(self._query("SELECT coalesce(sum(bytes), 0) FROM files")[0][0])
+
+    def sweep(self) -> int:
+        """Remove what no record speaks of: uploads that a kill cut off, files whose deletion it did. Returns how many."""
+        known = {row[0] for row in self._query("SELECT id FROM files")}
+        for batch in self.active_batches():
+            known |= {batch.output_id, batch.error_id}
+        strays = [path for path in self._files.iterdir() if path.name not in known]
+        for path in strays:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return len(strays)
+
+    # -- batches
+
+    def add_batch(self, record: BatchRecord, most: int) -> None:
+        """Raises KeyError if its input is gone, and Overloaded beyond `most` unfinished ones."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM files WHERE id = ?", (record.input_file_id,)).fetchone() is None:
+                raise KeyError(record.input_file_id)
+            if db.execute("SELECT count(*) FROM batches WHERE active").fetchone()[0] >= most:
+                raise Overloaded(f"{most} batches are unfinished already; cancel one or wait", retry_after=30.0)
+            values = (record.id, record.owner, True, record.input_file_id, msgspec.json.encode(record))
+            db.execute("INSERT INTO batches (id, owner, active, input, record) VALUES (?, ?, ?, ?, ?)", values)
+
+    def save_batch(self, record: BatchRecord, files: Iterable[FileRecord] = ()) -> None:
+        """The batch as it is now, and the files that it leaves."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE batches SET active = ?, record = ? WHERE id = ?",
+                (not record.ended, msgspec.json.encode(record), record.id),
+            )
+            for file in files:
+                self._insert_file(db, file)
+
+    def batch(self, batch_id: str) -> BatchRecord | None:
+        return self._one("batches", batch_id, BatchRecord) if BATCH_ID.fullmatch(batch_id) else None
+
+    def batches(self, owner: str, *, after: str | None, limit: int) -> tuple[list[BatchRecord], bool]:
+        """A page of batches, newest first, and whether more follow."""
+        return self._page("batches", BatchRecord, owner, after, limit, True)
+
+    def active_batches(self) -> list[BatchRecord]:
+        """The unfinished ones, oldest first."""
+        rows = self._query("SELECT record FROM batches WHERE active ORDER BY seq")
+        return [msgspec.json.decode(row[0], type=BatchRecord) for row in rows]
+
+    # -- inside
+
+    def _insert_file(self, db: sqlite3.Connection, record: FileRecord) -> None:
+        values = (record.id, record.owner, record.purpose, record.bytes, record.expires_at, msgspec.json.encode(record))
+        db.execute(
+            "INSERT OR REPLACE INTO files (id, owner, purpose, bytes, expires_at, record) VALUES (?, ?, ?, ?, ?, ?)", values
+        )
+
+    def _one(self, table: str, key: str, kind: type[Rec]) -> Rec | None:
+        rows = self._query(f"SELECT record FROM {table} WHERE id = ?", key)
+        return msgspec.json.decode(rows[0][0], type=kind) if rows else None
+
+    def _page(
+        self,
+        table: str,
+        kind: type[Rec],
+        owner: str,
+        after: str | None,
+        limit: int,
+        newest_first: bool,
+        where: str = "",
+        values: tuple[Any, ...] = (),
+    ) -> tuple[list[Rec], bool]:
+        """Rows of `owner`. A cursor that is gone ends the list: whoever pages has seen it all, or begins anew."""
+        beyond, way = ("<", "DESC") if newest_first else (">", "ASC")
+        if after is not None:
+            where += f" AND seq {beyond} (SELECT seq FROM {table} WHERE id = ?)"
+            values += (after,)
+        rows = self._query(
+            f"SELECT record FROM {table} WHERE owner = ? {where} ORDER BY seq {way} LIMIT ?", owner, *values, limit + 1
+        )
+        return [msgspec.json.decode(row[0], type=kind) for row in rows[:limit]], len(rows) > limit
+
+    def _query(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock, _database():
+            return self._db.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _database():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+
+@contextlib.contextmanager
+def _disk(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        code = "disk_full" if error.errno in _FULL else "disk_error"
+        raise StoreFull(f"{what} cannot be written: {error.strerror}", code) from error
+
+
+@contextlib.contextmanager
+def _database() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        code = "disk_full" if error.sqlite_errorcode == sqlite3.SQLITE_FULL else "disk_error"
+        raise StoreFull(f"the job database cannot be used: {error}", code) from error
+
+
+def _take_lock(folder: Path) -> int:
+    try:
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidConfig(f"--data-dir {folder}: {error.strerror}; name a folder that this user may write") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise DataDirInUse(
+            f"--data-dir {folder} is in use by another server (process {holder}); stop it, or give this one a folder of its own"
+        ) from None
+    with contextlib.suppress(OSError):  # a full disk: the number is only for people
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    return fd
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(fd)
+    finally:
+        os.close(fd)
