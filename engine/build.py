@@ -22,6 +22,7 @@ from engine.config import EngineConfig, cache_dir
 from engine.core import EngineCore
 from engine.demo import resolve_model
 from engine.errors import InvalidConfig
+from engine.memory.host import HostTier, PageCopier
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
 from engine.sched.latency import StepTime
@@ -32,6 +33,9 @@ from engine.spec import ModelSpec, load_spec
 from engine.types import Grammar, Guide, SamplingParams, Tenant
 
 if TYPE_CHECKING:
+    import torch
+
+    from engine.kernels.api import KVLayout
     from engine.kernels.select import Backend
     from engine.memory.window import Window
 
@@ -64,6 +68,7 @@ class BuiltModel:
     num_slabs: int
     pages_per_slab: int
     window: Window | None = None  # whose slabs another process can take
+    copier: PageCopier | None = None  # for a host tier
 
 
 def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
@@ -192,7 +197,8 @@ def _load_model(
     # A device's memory must do for the largest step; a processor only has kernels to load.
     _warm_up(runner, config, min(longest, config.max_num_batched_tokens if backend.own_memory else 32))
     lendable = window if is_shared or not backend.own_memory else None
-    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, lendable)
+    copier = _make_copier(config, layout, window.tensor)
+    return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, lendable, copier)
 
 
 def _window_maker(backend: Backend, is_shared: bool) -> MakeWindow:
@@ -207,6 +213,20 @@ def _window_maker(backend: Backend, is_shared: bool) -> MakeWindow:
 
     driver = CudaVmm(backend.device.index or 0)
     return lambda num_slabs, slab_bytes: CudaWindow(num_slabs, slab_bytes, driver)
+
+
+def _make_copier(config: EngineConfig, layout: KVLayout, window: torch.Tensor) -> PageCopier | None:
+    """The host tier's bytes, if it is to have any."""
+    from engine.memory.host_store import HostStore
+
+    num_slots = config.host_kv_memory // layout.page_bytes
+    if not num_slots:
+        if config.host_kv_memory:
+            raise InvalidConfig(f"--host-kv-memory is less than a page of {layout.page_bytes} bytes; give it more, or 0")
+        return None
+    if window.device.type != "cpu":
+        raise InvalidConfig("--host-kv-memory is for the CPU so far: leave it out, or use --device cpu")
+    return HostStore(window, layout.page_bytes, layout.page_stride, num_slots, MonotonicClock())
 
 
 def _warm_up(runner: Runner, config: EngineConfig, count: int) -> None:
@@ -240,6 +260,7 @@ def build_core(
         prefix_caching=config.enable_prefix_caching,
         # The longest offline request must fit beside whatever online prefixes are protected, or it would wait for ever.
         protected=max(0, min(int(config.online_cache_share * num_pages), num_pages - -(-longest // config.page_size))),
+        host=None if built.copier is None else HostTier(built.copier.num_slots),
     )
     scheduler = Scheduler(
         kv,
@@ -252,7 +273,7 @@ def build_core(
         step_time=StepTime.load(step_time_file(config, built)),
         open_guide=open_guide,
     )
-    return EngineCore(scheduler, built.runner)
+    return EngineCore(scheduler, built.runner, copier=built.copier)
 
 
 def step_time_file(config: EngineConfig, built: BuiltModel) -> Path:

@@ -95,6 +95,10 @@ class EngineConfig:
         None, "KV memory in bytes, e.g. 2GiB (default: room for what can run at once, within free memory)",
         parse=parse_bytes, low=1,
     )  # fmt: skip
+    host_kv_memory: int = knob(
+        0, "host memory for copies of offline KV, e.g. 2GiB: who gives way is copied back instead of computed again",
+        parse=parse_bytes, low=0,
+    )  # fmt: skip
     gpu_memory_utilization: float = knob(0.9, "part of the GPU's memory to use for weights, work space and KV")
     enforce_eager: bool = knob(False, "decode without CUDA graphs")
     page_size: int = knob(16, "tokens in a KV page", low=1)

@@ -1,4 +1,4 @@
-"""EngineCore: the whole engine in one `step()`: schedule, launch, collect, update. No threads, no text, no sockets, no torch.
+"""EngineCore: the whole engine in one `step()`: copy, schedule, launch, collect, update. No threads, no text, no torch.
 
 One caller at a time. Requests come in with `submit` and leave as TokenOut; errors of the runner end the requests of that step
 and nothing else, until too many steps in a row fail.
@@ -7,9 +7,12 @@ and nothing else, until too many steps in a row fail.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 
 from engine.errors import EngineDead
+from engine.memory.host import PageCopier, Transfer
+from engine.memory.host_copies import HostStats
 from engine.sched.plan import Runner, StepPlan, StepResult
 from engine.sched.scheduler import Scheduler
 from engine.types import Submit, Tenant, TokenOut
@@ -17,16 +20,80 @@ from engine.types import Submit, Tenant, TokenOut
 logger = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 3  # in a row; a device that fails this often will not recover by itself
+_SHARE = 0.05  # of the time of steps, for copies that no request waits for
+_MOST_CREDIT = 0.05  # seconds of them at once
+
+
+class _Copying:
+    """Carries out the scheduler's transfers between steps, within a share of the time that the steps take."""
+
+    def __init__(self, scheduler: Scheduler, copier: PageCopier) -> None:
+        self._scheduler = scheduler
+        self._copier = copier
+        self._clock = scheduler.clock
+        self._credit = _MOST_CREDIT  # seconds that saves may take
+        self._under_way: deque[tuple[Transfer, object, float]] = deque()  # with the seconds that starting it took
+        assert scheduler.kv.copies is not None
+        scheduler.kv.copies.settle = self._settle
+
+    @property
+    def page_bytes(self) -> int:
+        return self._copier.page_bytes
+
+    def earn(self, seconds: float) -> None:
+        """Steps took so long."""
+        self._credit = min(_MOST_CREDIT, self._credit + _SHARE * seconds)
+
+    def start(self, interrupted: Callable[[], bool]) -> None:
+        """Start what there is to copy, until somebody is at the door: loads all, saves while there is credit."""
+        while not interrupted():
+            transfer = self._scheduler.next_transfer(self._copier.batch, save=self._credit > 0)
+            if transfer is None:
+                return
+            began = self._clock.now()
+            handle = self._copier.start(transfer)
+            blocked = self._clock.now() - began
+            self._under_way.append((transfer, handle, blocked))
+            if not transfer.load:
+                self._credit -= blocked
+
+    def take_complete(self) -> list[tuple[Transfer, float, float]]:
+        """Transfers that are complete, with the seconds each took and those in which it blocked."""
+        complete: list[tuple[Transfer, float, float]] = []
+        for _ in range(len(self._under_way)):
+            transfer, handle, blocked = self._under_way.popleft()
+            elapsed = self._copier.poll(handle)
+            if elapsed is None:
+                self._under_way.append((transfer, handle, blocked))
+            else:
+                complete.append((transfer, elapsed, blocked))
+        return complete
+
+    def _settle(self) -> None:
+        for _, handle, _ in self._under_way:
+            self._copier.wait(handle)
+
+    def close(self) -> None:
+        self._settle()
+        self._copier.close()
 
 
 class EngineCore:
     """Runs one model's requests.
 
     `interrupted` is asked between the layers of a step without online rows; when it says True (an online request is at the
-    door) the pass is parked at that layer, and goes on from there when online work is done.
+    door) the pass is parked at that layer, and goes on from there when online work is done. `copier` carries out what the
+    scheduler wants copied to host memory and back; with it, the scheduler's KVManager has a host tier.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, *, interrupted: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        copier: PageCopier | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.interrupted = interrupted
@@ -34,6 +101,8 @@ class EngineCore:
         self.sync: Callable[[], None] = lambda: None  # called before a step is decided and before its results are applied
         self.stalled = False  # there is work, but nothing of it could run in the last step
         self.busy_since: float | None = None  # when the step that runs now began
+        self._idle = False  # nothing could run last time
+        self._copying = None if copier is None else _Copying(scheduler, copier)
         self._failed_steps = 0
 
     def submit(self, submit: Submit) -> None:
@@ -57,16 +126,34 @@ class EngineCore:
 
     def _step(self) -> list[TokenOut]:
         self.sync()
+        self._copy()
         self.stalled = False
         plan = self.scheduler.schedule()
         if plan is not None:
             return self._run(plan, lambda: self.runner.launch(plan, self._stop), whole=True)
         parked = self.scheduler.parked.take()
         if parked is None:
-            self.stalled = self.has_work
+            self._idle = True
+            self.stalled = self.has_work and not self.scheduler.wants_copies
             return []
         checkpoint, dropped = parked
         return self._run(checkpoint.plan, lambda: self.runner.resume(checkpoint, dropped, self._stop), whole=False)
+
+    def _copy(self) -> None:
+        """Pages to and from the host. Waits for no online request, and keeps none waiting: not while one is unfinished."""
+        if self._copying is None:
+            return
+        if self.scheduler.may_copy or self._idle:
+            self._copying.start(self.interrupted)
+        if complete := self._copying.take_complete():
+            self.sync()  # a slab may have been taken before it was copied
+            for transfer, elapsed, blocked in complete:
+                self.scheduler.landed(transfer, elapsed, blocked)
+
+    def host_stats(self) -> HostStats | None:
+        """Of the host tier, if there is one."""
+        copies = self.scheduler.kv.copies
+        return None if copies is None or self._copying is None else copies.stats(self._copying.page_bytes)
 
     def _stop(self, layer: int) -> bool:
         return self.interrupted()
@@ -77,6 +164,9 @@ class EngineCore:
         except Exception as error:
             return self._failed(plan, error)
         self._failed_steps = 0
+        self._idle = False
+        if self._copying is not None:
+            self._copying.earn(result.seconds)
         self.on_step(plan, result)
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
@@ -94,4 +184,6 @@ class EngineCore:
         return self.scheduler.fail(plan, f"the step failed: {type(error).__name__}")
 
     def close(self) -> None:
+        if self._copying is not None:
+            self._copying.close()
         self.runner.close()

@@ -39,6 +39,7 @@ from engine.types import Abort, Completion, Cost, Delta, FinishReason, ModelCard
 if TYPE_CHECKING:
     from engine.colocate.exclusive import ExclusiveSharing, SharingStats
     from engine.colocate.worker import Report
+    from engine.memory.host_copies import HostStats
     from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class TenantStats:
     prefix_queries: int  # prompt tokens looked up in the prefix cache
     prefix_hits: int  # of those, found
     counters: TenantCounters
+    host: HostStats | None = None  # copies of the tenant's KV in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +330,7 @@ class Engine:
                 prefix_queries=kv.prefix_queries[tenant],
                 prefix_hits=kv.prefix_hits[tenant],
                 counters=replace(scheduler.counters[tenant]),
+                host=self._core.host_stats() if tenant is Tenant.OFFLINE else None,
             )
             for tenant in Tenant
         }
@@ -554,6 +557,7 @@ def _stats_of(worker: Report) -> TenantStats:
         prefix_queries=worker.prefix_queries,
         prefix_hits=worker.prefix_hits,
         counters=worker.counters,
+        host=worker.host,
     )
 
 

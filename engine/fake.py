@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.clock import ManualClock
+from engine.memory.host import Transfer
 from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResult, StopCondition
 from engine.types import TokenLogprob
 
@@ -55,6 +56,52 @@ class StepCost:
         return self.fixed + self.per_token * computed + self.per_context * sum(row.end for row in rows)
 
 
+class FakeCopier:
+    """`memory.host.PageCopier` for a FakeRunner's memory. With a ManualClock, each page takes its time.
+
+    Copies are made when they are first asked about after `hold` is cleared, as by a device with a copy engine of its own.
+    """
+
+    page_bytes = 1
+
+    def __init__(self, memory: dict[int, list[int]], num_slots: int, clock: ManualClock | None, page_seconds: float) -> None:
+        self.num_slots = num_slots
+        self.batch = 4
+        self.hold = False
+        self._memory = memory
+        self._store: dict[int, list[int]] = {}
+        self._clock = clock
+        self._page_seconds = page_seconds
+        self._pending: set[Transfer] = set()
+
+    def start(self, transfer: Transfer) -> Transfer:
+        self._pending.add(transfer)
+        if not self.hold:
+            self.wait(transfer)
+        return transfer
+
+    def poll(self, handle: Transfer) -> float | None:
+        if self.hold and handle in self._pending:
+            return None
+        self.wait(handle)
+        return self._page_seconds * len(handle.moves)
+
+    def wait(self, handle: Transfer) -> None:
+        if handle not in self._pending:
+            return
+        self._pending.remove(handle)
+        for page, slot in handle.moves:
+            if handle.load:
+                self._memory[page] = list(self._store[slot])
+            else:
+                self._store[slot] = list(self._memory[page])
+        if self._clock is not None:
+            self._clock.advance(self._page_seconds * len(handle.moves))
+
+    def close(self) -> None:
+        self._store.clear()
+
+
 class FakeRunner:
     """Fills the Runner protocol. With a ManualClock, a step takes the time its cost says."""
 
@@ -94,6 +141,10 @@ class FakeRunner:
         """The pages now belong to somebody else: whoever reads them gets garbage."""
         for page in pages:
             self._memory[page] = [_POISON] * self.page_size
+
+    def copier(self, num_slots: int, page_seconds: float = 0.0) -> FakeCopier:
+        """A host store for its pages."""
+        return FakeCopier(self._memory, num_slots, self._clock, page_seconds)
 
     def close(self) -> None:
         self._memory.clear()

@@ -71,12 +71,13 @@ def open_models(config: EngineConfig, *, progress: bool, tokenizer: Tokenizer | 
     names = _names(config.model, config.served_model_name)
     if other is None:
         return ServedModels(serve(config, path, spec, memory, names=names, tokenizer=tokenizer), None, memory)
+    offline_config, config = config, replace(config, host_kv_memory=0)  # the offline worker has the host tier
     share = make_reserve(config.reserve, memory.num_slabs).fixed_share
     if share is not None:  # memory that online can never have must not be promised to a request
         pages = pages_in(config, spec, replace(memory, num_slabs=share))
         config = replace(config, max_model_len=max_model_len(config, spec, pages))
     online = serve(config, path, spec, memory, names=names, tokenizer=tokenizer)
-    return ServedModels(online, _serve_offline(config, online, *other, memory), memory)
+    return ServedModels(online, _serve_offline(offline_config, online, *other, memory), memory)
 
 
 def serve(

@@ -218,6 +218,7 @@ class Request:
     queued: float = 0.0  # seconds from arrival to its first admission. Scheduler
     num_preemptions: int = 0  # Scheduler
     parked: bool = False  # its rows sit in a checkpoint and may not be planned again. ParkedPasses
+    restoring: bool = False  # its pages are being copied back and may not be used yet. Scheduler
     started: float | None = None  # when it was admitted last. Scheduler
     finish_reason: FinishReason | None = None  # Scheduler
     guide: Guide | None = None  # of a request with a grammar; follows `tokens`

@@ -20,6 +20,7 @@ from server.recent import Recent
 if TYPE_CHECKING:
     from engine.colocate.exclusive import SharingStats
     from engine.engine import Engine, Stats
+    from engine.memory.host_copies import HostStats
 
 _LABELS = ("model_name", "tenant")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -173,6 +174,9 @@ class _EngineNumbers(Collector):
         )
         yield from _device_metrics(self.engine, stats)
         yield from self._targets()
+        host = stats.tenants[Tenant.OFFLINE].host
+        if host is not None:
+            yield from _host_metrics(host)
         if stats.sharing is not None:
             yield from _sharing_metrics(stats.sharing)
 
@@ -184,6 +188,24 @@ class _EngineNumbers(Collector):
             missed.add_metric((kind,), self._recent.missed[kind])
         yield targets
         yield missed
+
+
+def _host_metrics(host: HostStats) -> Iterator[Metric]:
+    """Copies of offline KV in host memory. Only where there are any."""
+    pages = GaugeMetricFamily("sluice_host_pages", "Pages of host memory for copies of offline KV", labels=("state",))
+    pages.add_metric(("total",), host.slots)
+    pages.add_metric(("used",), host.used)
+    yield pages
+    totals = {
+        "host_copied_pages": ("Pages copied to host memory", host.copied),
+        "host_copied_bytes": ("The same in bytes", host.copied * host.page_bytes),
+        "host_restored_pages": ("Pages copied back for requests that had lost them", host.restored),
+        "host_restored_bytes": ("The same in bytes", host.restored * host.page_bytes),
+        "host_restored_tokens": ("Tokens of those pages, which were not computed again", host.restored_tokens),
+        "host_evicted_pages": ("Copies given up for others", host.evicted),
+    }
+    for name, (text, value) in totals.items():
+        yield CounterMetricFamily(f"sluice_{name}", text, value=value)
 
 
 def _device_metrics(engine: Engine, stats: Stats) -> Iterator[Metric]:

@@ -74,6 +74,7 @@ ENGINE_AS_SEEN_BY_SERVER = frozenset(
         "engine.joblines",
         "engine.joblog",
         "engine.jobrun",
+        "engine.memory.host_copies",  # the type of its statistics
         "engine.openai",
         "engine.replies",
         "engine.timeline",

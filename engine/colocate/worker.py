@@ -27,6 +27,7 @@ from engine.core import EngineCore
 from engine.errors import EngineDead, InvalidCheckpoint, InvalidConfig
 from engine.grammar import Grammars, load_tokenizer
 from engine.loop import EngineLoop
+from engine.memory.host_copies import HostStats
 from engine.memory.window import HostWindow, Window
 from engine.sched.plan import StepPlan, StepResult
 from engine.sched.scheduler import TenantCounters
@@ -52,6 +53,7 @@ class Report(msgspec.Struct, frozen=True):
     holders: Mapping[int, Mapping[int, int]]  # slab -> number of a request with pages in it -> tokens before the first of them
     computed: Mapping[int, int]  # number of a request -> tokens to compute again if it loses all its pages
     filled: Mapping[int, float] = {}  # slab -> share of its pages in use
+    host: HostStats | None = None
 
 
 class SlabWatch:
@@ -120,8 +122,10 @@ class Reporter:
         computed: dict[int, int] = {}
         for number, request in enumerate(kv.holders()):
             computed[number] = request.num_computed
+            copied = kv.num_copied(request)
             for index, page in enumerate(request.pages):
-                holders.setdefault(page // pool.pages_per_slab, {}).setdefault(number, index * kv.page_size)
+                rest = max(index * kv.page_size, copied)
+                holders.setdefault(page // pool.pages_per_slab, {}).setdefault(number, rest)
         filled = {slab: sum(pool.slab_use(slab)[:2]) / pool.pages_per_slab for slab in holders}
         report = Report(
             running=scheduler.num_running(tenant),
@@ -134,6 +138,7 @@ class Reporter:
             holders=holders,
             computed=computed,
             filled=filled,
+            host=self._core.host_stats(),
         )
         if not self._control.write_report(report):
             self._control.write_report(msgspec.structs.replace(report, holders={}, computed={}, filled={}))

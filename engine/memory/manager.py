@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from engine.memory.host import HostTier, Transfer
+from engine.memory.host_copies import HostCopies
 from engine.memory.pages import PagePool, PageState
 from engine.memory.prefix import PrefixCache, chain_root, extend_chain
 from engine.types import Request, Tenant
@@ -30,15 +32,24 @@ class KVManager:
     """Page tables over `pool`. Where `lender` is set, a shortage of pages is a question to it before it is a refusal.
 
     `protected` is the number of cached online pages that offline work may never evict; whatever exceeds it, and all of
-    offline's own cache, is up for eviction by anybody.
+    offline's own cache, is up for eviction by anybody. With a `host` tier, `copies` are kept of offline's full pages.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, *, prefix_caching: bool = True, protected: int = 0) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        *,
+        prefix_caching: bool = True,
+        protected: int = 0,
+        host: HostTier | None = None,
+    ) -> None:
         self.pool = pool
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.protected = protected
         self.lender: Lender | None = None
+        self.copies = None if host is None else HostCopies(host, page_size, self._chain)
         self._cache = PrefixCache()
         self._holders: dict[str, Request] = {}
         self._committed: dict[str, int] = {}  # full pages of a request offered to the prefix cache already
@@ -70,14 +81,23 @@ class KVManager:
         """Pages that hold the beginning of the request's tokens already. At least one token is left to compute."""
         if not self.prefix_caching or request.params.prompt_logprobs is not None:
             return []
-        full = (len(request.tokens) - 1) // self.page_size
-        extend_chain(request.page_hashes, self._root(request), request.tokens, self.page_size, full)
-        return self._cache.match(request.page_hashes[:full])
+        return self._cache.match(self._chain(request, (len(request.tokens) - 1) // self.page_size))
+
+    def find_copies(self, request: Request, prefix: list[int]) -> list[int]:
+        """Host slots that hold what comes after the prefix."""
+        return [] if self.copies is None else self.copies.find(request, len(prefix))
+
+    def num_copied(self, request: Request) -> int:
+        """First tokens of the request that host copies bring back if it loses its pages."""
+        return 0 if self.copies is None else self.copies.num_safe(request)
 
     # -- transactions
 
-    def admit(self, request: Request, num_tokens: int, prefix: list[int]) -> bool:
-        """Give a request without pages its cached prefix and new pages, for `num_tokens` tokens in all; or do nothing."""
+    def admit(self, request: Request, num_tokens: int, prefix: list[int], slots: list[int] | None = None) -> bool:
+        """Give a request without pages its cached prefix and new pages, for `num_tokens` tokens in all; or do nothing.
+
+        The first of the new pages wait for the host copies in `slots`, if any.
+        """
         assert not request.pages, request.id
         need = self.pages_for(num_tokens) - len(prefix)
         idle = sum(self.pool.state(page) is PageState.CACHED for page in prefix)
@@ -90,6 +110,9 @@ class KVManager:
         request.pages = prefix + self._take(need, request.tenant)
         self._holders[request.id] = request
         self._committed[request.id] = len(prefix)
+        if slots:
+            assert self.copies is not None
+            self.copies.restore(request, len(prefix), slots)
         if self.prefix_caching:
             self.prefix_queries[request.tenant] += len(request.tokens)
             self.prefix_hits[request.tenant] += len(prefix) * self.page_size
@@ -111,15 +134,17 @@ class KVManager:
         done = self._committed[request.id]
         if not self.prefix_caching or full <= done:
             return
-        extend_chain(request.page_hashes, self._root(request), request.tokens, self.page_size, full)
+        chain = self._chain(request, full)
         for index in range(done, full):
-            self._cache.publish(request.page_hashes[index], request.pages[index])
+            self._cache.publish(chain[index], request.pages[index])
         self._committed[request.id] = full
 
     def release(self, request: Request) -> None:
         """Take all pages from the request. Pages the cache knows stay cached, the end of the sequence first to go."""
         if self._holders.pop(request.id, None) is None:
             return
+        if self.copies is not None:
+            self.copies.leave(request)
         del self._committed[request.id]
         pages, request.pages = request.pages, []
         for page in reversed(pages):
@@ -128,6 +153,16 @@ class KVManager:
             tenant, keep = self._tenant(page), self._cache.known(page)
             if self.pool.release(page, keep=keep) and keep:
                 self._cache.idle(page, tenant)
+
+    def forget(self, request: Request) -> None:
+        """The request is over: its pages go, and its claim on their copies."""
+        self.release(request)
+        if self.copies is not None:
+            self.copies.finish(request)
+
+    def next_save(self, limit: int) -> Transfer | None:
+        """Full pages to copy to the host, at most `limit`."""
+        return None if self.copies is None else self.copies.next_save(reversed(self._holders.values()), limit)
 
     # -- slabs
 
@@ -138,6 +173,8 @@ class KVManager:
         """The slab is gone. Returns the requests that lost pages; they still hold the rest until released."""
         tenants = {page: self.pool.tenant(page) for page in self.pool.slab_pages(slab)}
         lost = set(self.pool.remove_slab(slab))
+        if self.copies is not None:
+            self.copies.lose(lost)
         for page in lost:
             self._cache.forget(page, tenants[page])
         if not lost:
@@ -149,8 +186,12 @@ class KVManager:
 
     # -- inside
 
-    def _root(self, request: Request) -> bytes:
-        return chain_root(request.tenant, request.cache_salt)
+    def _chain(self, request: Request, num_pages: int) -> list[bytes]:
+        """Hashes of the request's first pages. Without prefix caching they are like nobody else's."""
+        salt = request.cache_salt if self.prefix_caching else f"{request.cache_salt}\0{request.id}"
+        chain = request.page_hashes
+        extend_chain(chain, chain_root(request.tenant, salt), request.tokens, self.page_size, num_pages)
+        return chain[:num_pages]
 
     def _tenant(self, page: int) -> Tenant:
         tenant = self.pool.tenant(page)
@@ -186,6 +227,8 @@ class KVManager:
         """Raise AssertionError unless page tables, pool and cache agree. For tests and the idle engine."""
         self.pool.check()
         self._cache.check()
+        if self.copies is not None:
+            self.copies.check()
         refs: dict[int, int] = {}
         for request in self._holders.values():
             assert len(set(request.pages)) == len(request.pages), request.id

@@ -7,10 +7,12 @@ WAITING -> RUNNING (admitted), RUNNING -> WAITING (preempted, pages lost), any -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.clock import Clock
+from engine.memory.host import Transfer
 from engine.memory.manager import KVManager
 from engine.sched.latency import Load, StepTime
 from engine.sched.parked import ParkedPasses
@@ -18,6 +20,7 @@ from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResu
 from engine.sched.policies import Budget, Policy
 from engine.sched.predictor import OutputLengths, peak_tokens
 from engine.sched.queue import TenantQueue
+from engine.sched.rotation import Rotation
 from engine.sched.view import View
 from engine.types import FinishReason, Grammar, Guide, Request, RequestState, Submit, Tenant, TokenLogprob, TokenOut, uniform
 
@@ -118,6 +121,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
         self._waiting = {tenant: TenantQueue() for tenant in Tenant}
+        self.rotation = Rotation(kv, self.step_time)
         self._lengths = OutputLengths()
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._lost: dict[str, int] = {}  # computed tokens a preempted request had, until it is admitted again
@@ -203,6 +207,8 @@ class Scheduler:
     def _place(self, request: Request, step: _Step, view: View) -> None:
         if request.state is RequestState.WAITING and not self._admit(request, step, view):
             return
+        if request.restoring:
+            return
         start, known = request.num_computed, len(request.tokens)
         end = min(known, start + step.room(request))
         if end == start:
@@ -244,7 +250,7 @@ class Scheduler:
             return False
         victims = [v for v in self.policy.victims(view, request) if v.id not in step.placed]
         prefix = self.kv.find_prefix(request)
-        if not self._peak_fits(request, prefix, frozenset(victims)):
+        if not self._fits(request, prefix, frozenset(victims)):
             return False
         crowd = max(0, sum(map(len, self._running.values())) + 1 - self.max_num_seqs)
         if crowd > len(victims):
@@ -252,29 +258,40 @@ class Scheduler:
         for loser in victims[:crowd]:
             self._preempt(loser)
         yielding = iter(victims[crowd:])
-        while not self.kv.admit(request, len(request.tokens), prefix):
+        slots = self.rotation.slots(request, prefix) if self.may_copy else []
+        while not self.kv.admit(request, len(request.tokens), prefix, slots):
             if (victim := next(yielding, None)) is None:
                 return False
             self._preempt(victim)
             prefix = self.kv.find_prefix(request)  # making room may have evicted some of it
-        self._start(request, len(prefix) * self.kv.page_size)
+            slots = self.rotation.slots(request, prefix) if self.may_copy else []
+        self._start(request, len(prefix) * self.kv.page_size, len(slots) * self.kv.page_size)
         return True
 
-    def _start(self, request: Request, num_cached: int) -> None:
+    def _start(self, request: Request, num_cached: int, num_copied: int) -> None:
         request.state = RequestState.RUNNING
         request.num_computed = num_cached
+        request.restoring = num_copied > 0
         self._waiting[request.tenant].remove(request)
         self._running[request.tenant].append(request)
         self._most_tokens += request.max_len + self.kv.page_size
-        lost = self._lost.pop(request.id, 0)
-        self.counters[request.tenant].recomputed_tokens += max(0, lost - num_cached)
+        if not request.restoring:
+            self._count_recomputed(request)
         if request.started is None:
-            request.num_cached = num_cached
+            request.num_cached = num_cached + num_copied
             request.queued = self.clock.now() - request.arrival
         request.started = self.clock.now()
 
-    def _peak_fits(self, request: Request, prefix: list[int], yielding: frozenset[Request]) -> bool:
-        """Whether everyone who would not give way to the request can run to the predicted end beside it."""
+    def _count_recomputed(self, request: Request) -> None:
+        """It goes on from num_computed: what it had beyond that is computed again."""
+        lost = self._lost.pop(request.id, 0)
+        self.counters[request.tenant].recomputed_tokens += max(0, lost - request.num_computed)
+
+    def _fits(self, request: Request, prefix: list[int], yielding: frozenset[Request]) -> bool:
+        """Whether everyone who would not give way to the request can run beside it to the predicted end.
+
+        Where giving way costs little, since there are host copies, a turn is enough.
+        """
         pool, page = self.kv.pool, self.kv.page_size
         if self._most_tokens + request.max_len + page <= pool.num_pages * page:
             return True  # even if all of them ran to their bounds
@@ -282,9 +299,24 @@ class Scheduler:
         others = [other for other in running if other not in yielding]
         if not others:
             return True
+        if self._peak_fits(request, prefix, others, running, math.inf):
+            return True
+        turn = self.rotation.turn(request, others)
+        return turn < math.inf and self._peak_fits(request, prefix, others, running, turn)
+
+    def _peak_fits(
+        self, request: Request, prefix: list[int], others: list[Request], running: list[Request], steps: float
+    ) -> bool:
+        """Whether they fit until their predicted ends, looking ahead for so many steps at most where it is offline work."""
+        pool, page = self.kv.pool, self.kv.page_size
+
+        def to_come(one: Request) -> int:
+            remaining = self._lengths.remaining(one)
+            return int(min(remaining, steps)) if one.tenant is Tenant.OFFLINE else remaining
+
         # Requests are counted as if they shared nothing; what they do share now is taken off again.
         shared = sum(len(other.pages) for other in running) - pool.num_used() + sum(pool.refs(p) > 0 for p in prefix)
-        sizes = [(len(r.tokens) + page, self._lengths.remaining(r)) for r in (*others, request)]
+        sizes = [(len(r.tokens) + page, to_come(r)) for r in (*others, request)]
         return peak_tokens(sizes) <= (self.kv.capacity + shared) * page
 
     def _grow(self, request: Request, num_tokens: int, step: _Step, view: View) -> bool:
@@ -301,6 +333,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to waiting with nothing computed. What the prefix cache keeps of it, it finds again."""
         self.parked.leave(request)
+        request.restoring = False
         num_computed = request.num_computed
         self._lost[request.id] = max(num_computed, self._lost.get(request.id, 0))
         self.kv.release(request)
@@ -324,6 +357,38 @@ class Scheduler:
         for request in hit:
             self._preempt(request)
         return hit
+
+    # -- host copies
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether copying keeps nobody waiting: no online request is unfinished."""
+        return not self.unfinished(Tenant.ONLINE)
+
+    @property
+    def wants_copies(self) -> bool:
+        """Whether a request waits for its pages."""
+        return self.kv.copies is not None and bool(self.kv.copies.restoring())
+
+    def next_transfer(self, limit: int, *, save: bool) -> Transfer | None:
+        """Pages to be copied now, at most `limit`: those that a request waits for, else (`save`) full ones without a copy."""
+        copies = self.kv.copies
+        if copies is None:
+            return None
+        transfer = copies.next_load(limit)
+        return self.kv.next_save(limit) if transfer is None and save else transfer
+
+    def landed(self, transfer: Transfer, elapsed: float, blocked: float) -> None:
+        """The transfer is complete, after so many seconds, in `blocked` of which no step could run."""
+        assert self.kv.copies is not None
+        self.rotation.copy_time.observe(len(transfer.moves), elapsed, blocked)
+        restored = self.kv.copies.landed(transfer)
+        if restored is not None:
+            request, num_pages = restored
+            request.num_computed += num_pages * self.kv.page_size
+            request.restoring = False
+            self.kv.commit(request)
+            self._count_recomputed(request)
 
     # -- parked passes
 
@@ -400,7 +465,7 @@ class Scheduler:
     ) -> TokenOut:
         out = self._out(request, result, reason, stop_token, error)
         self.parked.leave(request)
-        self.kv.release(request)
+        self.kv.forget(request)
         if request.state is RequestState.RUNNING:
             self._stop_running(request)
         self._waiting[request.tenant].forget(request)
@@ -449,3 +514,5 @@ class Scheduler:
             assert self.kv.pages_for(request.num_computed) <= len(request.pages), request.id
             assert request.num_computed < len(request.tokens), request.id
         self.parked.check()
+        restoring = {request.id for request in running if request.restoring}
+        assert restoring == (set() if self.kv.copies is None else self.kv.copies.restoring())

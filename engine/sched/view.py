@@ -42,5 +42,5 @@ class View:
 
     @staticmethod
     def _still_running(requests: Sequence[Request]) -> Iterator[Request]:
-        """Without those that sit in a parked pass, or lost their place to an earlier candidate of the same step."""
-        return (r for r in requests if r.state is RequestState.RUNNING and not r.parked)
+        """Without those that sit in a parked pass, wait for their pages, or lost their place to an earlier candidate."""
+        return (r for r in requests if r.state is RequestState.RUNNING and not r.parked and not r.restoring)

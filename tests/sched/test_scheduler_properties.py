@@ -10,8 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.clock import ManualClock
 from engine.core import EngineCore
 from engine.fake import FakeRunner, expected_tokens
+from engine.memory.host import HostTier
 from engine.memory.manager import KVManager
-from engine.memory.pages import PagePool
+from engine.memory.pages import PagePool, PageState
+from engine.sched.latency import Load, StepTime
 from engine.sched.policies import POLICIES, make_policy
 from engine.sched.scheduler import Scheduler
 from engine.types import FinishReason, SamplingParams, Submit, Tenant
@@ -20,8 +22,20 @@ PAGE = 4
 VOCAB = 50
 
 
+def experienced() -> StepTime:
+    """What it says after many steps, each of which took a fixed time and a little for each token."""
+    step_time = StepTime()
+    for step in range(64):
+        tokens = 1 + step % 16
+        step_time.observe(Load(tokens, tokens, 16 * tokens), 5e-3 + 1e-4 * tokens)
+    return step_time
+
+
 class Life(RuleBasedStateMachine):
-    """Submit, abort, step, stop between layers, take slabs away and give them back, in any order."""
+    """Submit, abort, step, stop between layers, take slabs away and give them back, in any order.
+
+    With a host tier copies come and go as well, at once or late. Whatever page is free is garbage.
+    """
 
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)),
@@ -30,23 +44,33 @@ class Life(RuleBasedStateMachine):
         batch=st.integers(1, 24),
         caching=st.booleans(),
         protected=st.integers(0, 3),  # what remains when one slab is away and the longest request has its pages
+        slots=st.sampled_from([0, 1, 3, 8, 40]),
+        warm=st.booleans(),
     )
-    def build(self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, protected: int) -> None:
+    def build(
+        self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, protected: int, slots: int, warm: bool
+    ) -> None:
         clock = ManualClock()
         self.runner = FakeRunner(num_layers=3, vocab_size=VOCAB, page_size=PAGE, clock=clock)
         self.pool = PagePool(slabs, 3)
         self.longest = (slabs - 2) * 3 * PAGE  # one slab may be away and the request must still fit
-        kv = KVManager(self.pool, PAGE, prefix_caching=caching, protected=protected)
+        host = HostTier(slots) if slots else None
+        kv = KVManager(self.pool, PAGE, prefix_caching=caching, protected=protected, host=host)
         self.scheduler = Scheduler(
-            kv, make_policy(policy), clock, max_num_seqs=seqs, max_num_batched_tokens=batch, max_model_len=self.longest
-        )
+            kv, make_policy(policy), clock, max_num_seqs=seqs, max_num_batched_tokens=batch, max_model_len=self.longest,
+            step_time=experienced() if warm else None,
+        )  # fmt: skip
+        self.copier = self.runner.copier(slots, 1e-6) if slots else None
         self.stop_at: int | None = None
-        self.core = EngineCore(self.scheduler, self.runner)
+        self.core = EngineCore(self.scheduler, self.runner, copier=self.copier)
+        self.core.sync = self.sync
         self.core._stop = lambda layer: layer == self.stop_at  # type: ignore[method-assign]
         self.submits: dict[str, Submit] = {}
         self.outputs: dict[str, list[int]] = {}
         self.live: set[str] = set()
         self.away: int | None = None
+        self.taken: int | None = None  # a slab whose bytes are gone, and the scheduler does not know yet
+        self.syncs = 0
 
     @rule(
         tenant=st.sampled_from(list(Tenant)),
@@ -74,9 +98,33 @@ class Life(RuleBasedStateMachine):
     @rule(stop_at=st.sampled_from([None, None, 1, 2]))
     def step(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
+        self.syncs = 0
         self.take(self.core.step())
+        self.runner.poison([page for slab in range(self.pool.num_slabs) for page in self.pool.slab_pages(slab)
+                            if self.pool.state(page) is PageState.FREE])  # fmt: skip
 
-    @precondition(lambda self: self.away is None)
+    @precondition(lambda self: self.copier is not None)
+    @rule(hold=st.booleans())
+    def slow_copies(self, hold: bool) -> None:
+        self.copier.hold = hold
+
+    @precondition(lambda self: self.away is None and self.taken is None)
+    @rule(data=st.data())
+    def take_slab_meanwhile(self, data: st.DataObject) -> None:
+        """The bytes go after the next step's first look at its slabs."""
+        self.taken = data.draw(st.integers(0, self.pool.num_slabs - 1))
+
+    def sync(self) -> None:
+        self.syncs += 1
+        if self.taken is None:
+            return
+        if self.syncs == 1:
+            self.runner.poison(self.pool.slab_pages(self.taken))
+        else:
+            self.away, self.taken = self.taken, None
+            self.scheduler.lose_slab(self.away)
+
+    @precondition(lambda self: self.away is None and self.taken is None)
     @rule(data=st.data())
     def lose_slab(self, data: st.DataObject) -> None:
         self.away = data.draw(st.integers(0, self.pool.num_slabs - 1))
@@ -109,6 +157,9 @@ class Life(RuleBasedStateMachine):
         """Whatever happened, everybody finishes, in bounded time, and every page comes back."""
         if not hasattr(self, "core"):
             return
+        self.taken = None
+        if self.copier is not None:
+            self.copier.hold = False
         if self.away is not None:
             self.return_slab()
         self.stop_at = None
