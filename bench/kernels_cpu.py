@@ -1,8 +1,8 @@
-"""The CPU kernels against their alternatives and against the machine: `python bench/kernels_cpu.py`.
+"""The CPU kernels against their alternatives and against the machine: `python -m bench.kernels_cpu`.
 
-Prints what memory and arithmetic of this machine can do, then for linears, attention (single tokens, prompts) and whole steps
-of a SmolLM2-135M-shaped model (random weights) the median and the spread of each alternative. Alternatives are run in turn
-(A B A B ...), so that a disturbance hits all of them alike. Nothing else should be running.
+Prints what memory and arithmetic of this machine can do, then for linears, attention (single tokens, prompts), whole steps of a
+SmolLM2-135M-shaped model (random weights) and sampling (top_p, grammars) the median and the spread of each alternative.
+Alternatives are run in turn (A B A B ...), so that a disturbance hits all of them alike. Nothing else should be running.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import sampling_cpu
 from engine.kernels.api import BatchMeta, KVLayout
 from engine.kernels.cpu import CpuOps, make_attention
 from engine.kernels.reference import TorchAttention, TorchOps
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads to compute with")
     parser.add_argument("--repeats", type=int, default=10, help="rounds counted for each comparison")
     parser.add_argument("--layers", type=int, default=30, help="layers of the model in whole steps")
-    parser.add_argument("--only", choices=("linears", "attention", "steps"), help="one part alone")
+    parser.add_argument("--only", choices=("linears", "attention", "steps", "sampling"), help="one part alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
@@ -216,6 +217,10 @@ def main() -> None:
             prompts(args.repeats, flops)
         if args.only in (None, "steps"):
             steps(args.layers, args.repeats, read, flops)
+        if args.only in (None, "sampling"):
+            spec = spec_of(args.layers)
+            make = lambda: make_runner(spec, random_weights(spec, torch.float32), True)  # noqa: E731
+            sampling_cpu.run(show, make, args.repeats, spec.vocab_size)
 
 
 if __name__ == "__main__":

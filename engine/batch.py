@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.config import EngineConfig, add_engine_args, config_from_args, parse_bytes
+from engine.config import EngineConfig, add_engine_args, config_from_args, parse_bytes, read_environment
 from engine.errors import InvalidCheckpoint, InvalidConfig
 from engine.joblines import MAX_LINE_BYTES, BadLine, InputFacts, JobError, JobLine, read_lines, survey
 from engine.joblog import JobLog, OutputBlocked, Record, errors_path, fault_record, state_path
@@ -238,7 +238,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, open_backend: Callable[[EngineConfig], Backend] = open_engine) -> int:
     """The command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    read_environment(parser)
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _terminated)
     resume = shlex.join(["python", "-m", "engine.batch", *(word for word in argv if word not in _ONCE_FLAGS)])

@@ -77,6 +77,8 @@ class Body(msgspec.Struct):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: Int64 | None = None
+    allowed_token_ids: list[Int64] | None = None
+    bad_words: list[str] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -125,9 +127,7 @@ _COPIED = (
 # Fields whose effect is missing here, each with the values that ask for nothing and therefore pass.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
     "ebnf": (),
@@ -284,8 +284,6 @@ def _shape(wire: Body, *, chat: bool, logprobs: bool, echo: bool = False, no_out
     options = wire.stream_options or {}
     if options and not wire.stream:
         raise InvalidRequest("stream_options needs stream: true", param="stream_options")
-    if wire.stream and wire.prompt_logprobs is not None:
-        raise unsupported("prompt_logprobs", "prompt_logprobs cannot be streamed")
     wanted = {
         name: convert(options.get(name), bool | None, f"stream_options.{name}")  # type: ignore[arg-type]
         for name in ("include_usage", "continuous_usage_stats")
@@ -312,6 +310,8 @@ def _params(wire: Body, names: Mapping[str, str], **values: Any) -> SamplingPara
         stop=tuple(clean_text(text, "stop") for text in stop),
         stop_token_ids=tuple(wire.stop_token_ids or ()),
         logit_bias=_logit_bias(wire.logit_bias or {}),
+        allowed_token_ids=None if wire.allowed_token_ids is None else tuple(wire.allowed_token_ids),
+        bad_words=tuple(clean_text(text, "bad_words") for text in wire.bad_words or ()),
         **fields,
     )
     try:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from engine.errors import InvalidConfig
 
+_SECRETS = ("api_key", "admin_api_key")
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -40,6 +42,35 @@ def child_environment() -> dict[str, str]:
     here = str(Path(__file__).resolve().parent.parent)
     rest = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([here, rest] if rest else [here])}
+
+
+def read_environment(parser: argparse.ArgumentParser) -> None:
+    """Let $SLUICE_NAME stand for every flag --name of `parser` that is not on the command line, read by the same rules.
+
+    A switch takes true or false; a flag with several values takes them between commas. Keys are `secret`'s.
+    """
+    for action in parser._actions:
+        name = f"SLUICE_{action.dest.upper()}"
+        text = os.environ.get(name, "")
+        if not text or not action.option_strings or action.dest in ("help", *_SECRETS):
+            continue
+        try:
+            action.default = _from_text(parser, action, text)
+        except argparse.ArgumentError as error:
+            parser.error(f"${name}: {error.message}")
+        action.required = False
+
+
+def _from_text(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
+    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+        if text.lower() not in _SWITCH:
+            raise argparse.ArgumentError(action, f"must be true or false, got {text!r}")
+        return _SWITCH[text.lower()]
+    several = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    values = [parser._get_value(action, word.strip()) for word in (text.split(",") if several else [text])]
+    for value in values:
+        parser._check_value(action, value)
+    return values if several else values[0]
 
 
 def secret(name: str) -> str | None:

@@ -98,8 +98,8 @@ class Engine:
     >>> with Engine("demo") as engine:
     ...     print(engine.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0))[0].text)
 
-    `config` or keyword overrides with the names of EngineConfig's fields set it up. Loading shows progress on stderr. Raises
-    InvalidConfig or InvalidCheckpoint if it cannot start.
+    `config` or keyword overrides with the names of EngineConfig's fields set it up; `tokenizer` stands for the one in the
+    model's folder. Loading shows progress on stderr. Raises InvalidConfig or InvalidCheckpoint if it cannot start.
     """
 
     def __init__(
@@ -118,7 +118,9 @@ class Engine:
             self._models = open_models(config, progress=progress, tokenizer=tokenizer)
             config = self._models.online.config
             built = load_model(config, memory=self._models.memory, progress=progress)
-            self._models.online.grammars.warm_up()
+            for served in (self._models.online, self._models.offline):
+                if served is not None:
+                    served.grammars.warm_up()
         else:
             self._models = _only(built, config, tokenizer)
         self._random = random.Random(self.config.seed)
@@ -242,6 +244,8 @@ class Engine:
         self._check_open(tenant)
         if params.grammar is not None:
             served.grammars.check(params.grammar)
+        if params.bad_words:
+            params = replace(params, bad_tokens=(*params.bad_tokens, *_cut(params.bad_words, served.tokenizer)))
         tokens = _encode(prompt, served)
         return self._start(tokens, params, served, tenant, request_id, priority, cache_salt)
 
@@ -526,6 +530,12 @@ class Engine:
         with self._lock:
             live, self._live = list(self._live.values()), {}
         wake([waiter for generation in live if (waiter := generation.die(error)) is not None])
+
+
+def _cut(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The tokens of each word, at the start of a text and behind a space."""
+    cut = [tokenizer.encode(space + word.lstrip(), False, param="bad_words") for word in words for space in ("", " ")]
+    return list(dict.fromkeys(tuple(tokens) for tokens in cut if tokens))
 
 
 def _encode(prompt: Prompt, served: Served) -> tuple[int, ...]:

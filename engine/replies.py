@@ -295,7 +295,7 @@ class Chunks:
         if self._first(index):
             role: Json = {"index": index, "delta": {"role": "assistant", "content": ""}}
             role |= {"logprobs": None, "finish_reason": None}
-            yield role | {"prompt_token_ids": self.prompts[prompt].tokens} if self.shape.token_ids else role
+            yield role | self._prompt_facts(prompt)
         text, called, parts = delta.text, False, list[CallPart]()
         if self.reader is not None:
             reader = self._readers.setdefault(index, self.reader())
@@ -330,8 +330,7 @@ class Chunks:
                 choice["logprobs"] = self._text_logprobs(index, parts)
             if self.shape.token_ids:
                 choice["token_ids"] = delta.tokens
-                choice |= {"prompt_token_ids": source.tokens} if first else {}
-            yield choice
+            yield choice | (self._prompt_facts(prompt) if first else {})
         if delta.finish_reason is not None:
             yield {
                 "index": index,
@@ -340,6 +339,14 @@ class Chunks:
                 "finish_reason": FinishReason.LENGTH if self.shape.no_output else delta.finish_reason,
                 "stop_reason": None if self.shape.no_output else delta.stop_reason,
             }
+
+    def _prompt_facts(self, prompt: int) -> Json:
+        """What a choice's first chunk tells of its prompt."""
+        tokens = self.prompts[prompt].tokens
+        facts: Json = {"prompt_token_ids": tokens} if self.shape.token_ids else {}
+        if self.shape.prompt_logprobs:
+            facts["prompt_logprobs"] = prompt_logprobs(tokens, self._echoes.get(prompt, ()), self.words)
+        return facts
 
     def _text_logprobs(self, index: int, parts: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
         offset = self._offsets.get(index, 0)

@@ -31,6 +31,8 @@ class Tokenizer:
     vocab_size: one more than the highest token id (the model's own vocabulary may be padded beyond it);
     bos_id: the token that starts a text, or None;
     eos_ids: the tokens that end an answer, from tokenizer_config.json and generation_config.json;
+    names: special tokens by role, `bos_token` and `eos_token` among them even where they are None;
+    chat_template: the source of the default one, or None;
     tool_template: the source of the chat template that shows tools, empty if there is no template.
     """
 
@@ -53,6 +55,8 @@ class Tokenizer:
         self.bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else None
         named_eos = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
         self.eos_ids = tuple(dict.fromkeys([*([] if named_eos is None else [named_eos]), *eos_ids]))
+        self.names: dict[str, str | None] = {"bos_token": None, "eos_token": None, **names}
+        self.chat_template = templates.get("default")
         self.tool_template = templates.get("tool_use") or templates.get("default") or ""
         self._template = _chat_template(backend, templates, names) if templates else None
 

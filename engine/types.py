@@ -22,6 +22,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_IDS = 1 << 14
+MAX_BAD_WORDS = 128
 MAX_GRAMMAR_CHARS = 1 << 17
 _INT64 = 2**63
 
@@ -126,6 +128,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # top alternatives per output token; 0: the chosen one only
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    allowed_token_ids: tuple[int, ...] | None = None  # nothing else may come
+    bad_words: tuple[str, ...] = ()  # texts that must not come, as the tokenizer cuts them with and without a space before
+    bad_tokens: tuple[tuple[int, ...], ...] = ()  # sequences that must not come; the engine adds those of `bad_words`
     grammar: Grammar | None = None  # what the output must be; it ends where the grammar does, whatever ignore_eos says
 
     @property
@@ -155,6 +160,7 @@ class SamplingParams:
                 _integer(name, value, 0, MAX_LOGPROBS)
         self._validate_stops(vocab_size)
         self._validate_bias(vocab_size)
+        self._validate_vocabulary(vocab_size)
         if self.grammar is not None and len(self.grammar.text) > MAX_GRAMMAR_CHARS:
             raise InvalidRequest(f"the grammar has more than {MAX_GRAMMAR_CHARS} characters", param="grammar")
 
@@ -168,6 +174,20 @@ class SamplingParams:
             raise InvalidRequest(f"stop_token_ids takes at most {MAX_LOGIT_BIAS} ids", param="stop_token_ids")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, (vocab_size or _INT64) - 1)
+
+    def _validate_vocabulary(self, vocab_size: int | None) -> None:
+        if self.allowed_token_ids is not None:
+            if not 0 < len(self.allowed_token_ids) <= MAX_ALLOWED_IDS:
+                raise InvalidRequest(f"allowed_token_ids takes 1 to {MAX_ALLOWED_IDS} ids", param="allowed_token_ids")
+            for token in self.allowed_token_ids:
+                _integer("allowed_token_ids", token, 0, (vocab_size or _INT64) - 1)
+        if len(self.bad_words) > MAX_BAD_WORDS or len(self.bad_tokens) > 2 * MAX_BAD_WORDS:
+            raise InvalidRequest(f"bad_words takes at most {MAX_BAD_WORDS} strings", param="bad_words")
+        if not all(self.bad_tokens):
+            raise InvalidRequest("bad_tokens must have at least one token each", param="bad_tokens")
+        for text in self.bad_words:
+            if not isinstance(text, str) or not text.strip() or len(text) > MAX_STOP_CHARS:
+                raise InvalidRequest(f"each bad word must have 1 to {MAX_STOP_CHARS} characters", param="bad_words")
 
     def _validate_bias(self, vocab_size: int | None) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -15,7 +17,14 @@ from server.service import SERVICE, Phase
 
 
 def sluice_version() -> str:
-    """The installed version, or "unknown" in a bare checkout."""
+    """The version of these very sources: a checkout's own, else that of the installed package."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    try:
+        facts = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        if facts["name"] == "sluice":
+            return str(facts["version"])
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        pass
     try:
         return version("sluice")
     except PackageNotFoundError:

@@ -46,6 +46,8 @@ ROUTES = (
     Route("POST", "/v1/tokenize", tokens.tokenize),
     Route("POST", "/detokenize", tokens.detokenize),
     Route("POST", "/v1/detokenize", tokens.detokenize),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info),
+    Route("GET", "/v1/tokenizer_info", tokens.tokenizer_info),
     Route("GET", "/health", admin.health, Access.PUBLIC),
     Route("GET", "/ready", admin.ready, Access.PUBLIC),
     Route("GET", "/ping", admin.health, Access.PUBLIC),

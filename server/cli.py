@@ -1,4 +1,4 @@
-"""The command line of `python -m engine.server`: flags over a config file over defaults, then `server.run`.
+"""The command line of `python -m engine.server`: flags over the environment over a config file over defaults.
 
 Nothing heavy is imported before the flags are read: `--help` and mistakes answer at once.
 """
@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig, add_engine_args, config_from_args, unknown_option
+from engine.config import EngineConfig, add_engine_args, config_from_args, read_environment, unknown_option
 from engine.errors import InvalidConfig
 from server.config import ServerConfig, add_server_args, server_config
 from server.logs import setup_logging
@@ -25,6 +25,7 @@ _SECRET = {"api_key", "admin_api_key", "clients"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Returns the exit status: 0 stopped, 1 failed, 2 wrong usage or set-up."""
     parser = make_parser()
+    read_environment(parser)
     try:
         args = parse_args(parser, sys.argv[1:] if argv is None else argv)
         engine_config, config = config_from_args(args), server_config(vars(args))
@@ -44,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m engine.server",
         usage="%(prog)s [MODEL] [flags]    (--help lists them)",
         description="Serve a model over the OpenAI API.",
-        epilog="Flags may also stand in a YAML file under the same names, see --config. The command line wins.",
+        epilog="Flags may also stand in the environment, $SLUICE_PORT for --port, and in a YAML file under the same names, see "
+        "--config. The command line wins, then the environment.",
         allow_abbrev=False,
     )
     parser.add_argument("model_tag", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="same as --model")

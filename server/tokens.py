@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -64,6 +64,20 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     tokens = encode() if small else await asyncio.to_thread(encode)
     texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     return json_response({"count": len(tokens), "max_model_len": card.max_model_len, "tokens": tokens, "token_strs": texts})
+
+
+async def tokenizer_info(request: web.Request) -> web.StreamResponse:
+    """GET /tokenizer_info: what lm-eval's remote tokenizer asks for; special tokens and chat template, as vLLM tells them."""
+    engine = request.app[SERVICE].engine
+    card = engine.resolve(request.query.get("model"))
+    tokenizer = engine.tokenizer(card.id)
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # what transformers makes of the same files
+        "model_max_length": card.max_model_len,
+        "vocab_size": tokenizer.vocab_size,
+        "chat_template": tokenizer.chat_template,
+    }
+    return json_response(tokenizer.names | facts)
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:

@@ -116,7 +116,7 @@ def takes_likeliest(row: SampledRow) -> bool:
 def _is_adjusted(row: SampledRow) -> bool:
     params = row.params
     penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-    return bool(row.suppress or params.logit_bias) or penalties != (1.0, 0.0, 0.0) or row.guide is not None
+    return bool(row.suppress or params.logit_bias) or penalties != (1.0, 0.0, 0.0) or is_masked(row)
 
 
 def _choose(logits: torch.Tensor, row: SampledRow) -> Sample:
@@ -144,34 +144,46 @@ def _token(logits: torch.Tensor, row: SampledRow) -> int | None:
     return place if ids is None else int(ids[place])
 
 
-def allowed_ids(row: SampledRow, vocab: int) -> npt.NDArray[np.uint8]:
-    """What the row's grammar allows, a bit an id, lowest first, in whole 32-bit words; without the ids suppressed now.
+def is_masked(row: SampledRow) -> bool:
+    """Whether only some ids may come at all."""
+    return row.guide is not None or row.params.allowed_token_ids is not None
 
-    Where a grammar leaves nothing but ids that are suppressed, it is complete and they come: an output cannot go on beyond
-    its grammar for the sake of min_tokens. Raises RequestFailed.
+
+def allowed_ids(row: SampledRow, vocab: int) -> npt.NDArray[np.uint8]:
+    """What a masked row's grammar and list of ids allow, a bit an id, lowest first, in whole 32-bit words; without what is
+    suppressed now.
+
+    Where that leaves nothing but suppressed ids they come all the same: a grammar that is complete ends its output, and
+    min_tokens cannot have it go on. Raises RequestFailed.
     """
-    assert row.guide is not None
-    given = np.frombuffer(row.guide.allowed(), np.uint8)
     bits = np.zeros(-(-vocab // 32) * 4, np.uint8)
-    size = min(len(given), len(bits))
-    bits[:size] = given[:size]
+    if row.params.allowed_token_ids is not None:
+        ids = np.array(row.params.allowed_token_ids)
+        np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
+    else:
+        bits[:] = 0xFF
+    if row.guide is not None:
+        given = np.frombuffer(row.guide.allowed(), np.uint8)
+        size = min(len(given), len(bits))
+        bits[:size] &= given[:size]
+        bits[size:] = 0
     if row.suppress:
         rest = bits.copy()
         ids = np.array(row.suppress)
         np.bitwise_and.at(rest, ids >> 3, ~(1 << (ids & 7)).astype(np.uint8))
-        bits = rest if rest.any() else bits
+        bits = rest if np.unpackbits(rest, bitorder="little", count=vocab).any() else bits
     return bits
 
 
 def adjusted(logits: torch.Tensor, row: SampledRow) -> torch.Tensor:
     """A copy of one row's logits [vocab] with its grammar, suppressed ids, bias and penalties applied. Raises RequestFailed."""
     device, params = logits.device, row.params
-    if row.guide is not None:
+    if is_masked(row):
         bits = np.unpackbits(allowed_ids(row, logits.shape[0]), bitorder="little", count=logits.shape[0])
         logits = logits.masked_fill(torch.from_numpy(bits == 0).to(device), -torch.inf)
     else:
         logits = logits.clone()
-    if row.suppress and row.guide is None:
+    if row.suppress and not is_masked(row):
         logits[torch.tensor(row.suppress, device=device)] = -torch.inf
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from engine.errors import RequestFailed
-from engine.kernels.sampling import LOGPROB_FLOOR, Sample, SampledRow, allowed_ids, takes_likeliest
+from engine.kernels.sampling import LOGPROB_FLOOR, Sample, SampledRow, allowed_ids, is_masked, takes_likeliest
 from engine.types import TokenLogprob
 
 _BLOCK = 4096  # ids that a program looks at together
@@ -290,7 +290,7 @@ def _mask(logits: torch.Tensor, rows: Sequence[SampledRow]) -> dict[int, str]:
     masks: dict[int, npt.NDArray[np.uint8]] = {}
     errors: dict[int, str] = {}
     for index, row in enumerate(rows):
-        if row.guide is not None:
+        if is_masked(row):
             try:
                 masks[index] = allowed_ids(row, vocab)
             except RequestFailed as error:
@@ -337,7 +337,7 @@ def _add_bias(logits: torch.Tensor, rows: Sequence[SampledRow]) -> None:
     for index, row in enumerate(rows):
         for token, bias in row.params.logit_bias:
             added[index, token] = added.get((index, token), 0.0) + bias
-        for token in row.suppress if row.guide is None else ():
+        for token in () if is_masked(row) else row.suppress:
             added[index, token] = -math.inf
     if added:
         places = _send(np.array(list(added), np.int32).T.copy(), logits.device)

@@ -240,9 +240,16 @@ class Scheduler:
 
     def _suppressed(self, request: Request, num_output: int) -> tuple[int, ...]:
         """Ids that must not come now. Under a grammar that leaves nothing else they come all the same, see `sampling`."""
-        if num_output < request.params.min_tokens:
-            return tuple(request.stop_ids)
-        return tuple(self.eos_ids) if request.guide is not None and request.params.ignore_eos else ()
+        params, tokens = request.params, request.tokens
+        ids: tuple[int, ...] = ()
+        if num_output < params.min_tokens:
+            ids = tuple(request.stop_ids)
+        elif request.guide is not None and params.ignore_eos:
+            ids = tuple(self.eos_ids)
+        for *head, last in params.bad_tokens:
+            if len(head) <= num_output and tokens[len(tokens) - len(head) :] == head:
+                ids += (last,)
+        return ids
 
     def _admit(self, request: Request, step: _Step, view: View) -> bool:
         """Start a waiting request: pages for all its tokens, and a place among the running ones."""

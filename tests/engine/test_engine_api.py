@@ -12,6 +12,7 @@ from helpers import tiny_checkpoint
 
 from engine import Engine, EngineConfig, FinishReason, SamplingParams, Tenant
 from engine.errors import ContextTooLong, EngineDead, InvalidConfig, InvalidRequest, Overloaded, ShuttingDown, UnknownModel
+from engine.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
@@ -288,3 +289,12 @@ def test_a_model_smaller_than_a_slab_needs_no_flag(folder):
 def test_configurations_that_cannot_work(folder, options):
     with pytest.raises(InvalidConfig):
         Engine(str(folder), progress=False, **options)
+
+
+def test_a_tokenizer_of_the_callers_is_used(folder):
+    class Shouting(Tokenizer):
+        def encode(self, text, add_special=True, **options):
+            return super().encode(text.upper(), add_special, **options)
+
+    with Engine(str(folder), tokenizer=Shouting.load(folder), kv_cache_memory=8 << 20, threads=1, progress=False) as engine:
+        assert engine.submit("ab", GREEDY).prompt_tokens == tuple(b"AB")

@@ -90,6 +90,18 @@ def test_stop_strings_and_stop_ids_end_it_earlier(engine):
     assert (early.finish_reason, early.stop_reason) == (FinishReason.STOP, ord(":")) and early.text.strip().endswith('"ok"')
 
 
+def test_ids_and_words_that_may_and_may_not_come(engine):
+    plain = one(engine, max_tokens=60, ignore_eos=True)
+    only = one(engine, max_tokens=30, ignore_eos=True, allowed_token_ids=(97, 98))
+    assert set(only.tokens) == {97, 98}
+    once = plain.tokens[5]
+    without = one(engine, max_tokens=60, ignore_eos=True, bad_tokens=((once,), plain.tokens[10:12]))
+    assert once in plain.tokens and once not in without.tokens
+    assert plain.tokens[10:12] not in zip(without.tokens, without.tokens[1:], strict=False)
+    words = one(engine, max_tokens=40, ignore_eos=True, allowed_token_ids=(97, 98), bad_words=("ab",))
+    assert set(words.text) <= {"a", "b"} and "ab" not in words.text
+
+
 def test_several_choices_have_a_state_each(engine):
     params = SamplingParams(max_tokens=200, temperature=1.5, seed=1, n=4, grammar=JSON)
     texts = [choice.text for choice in engine.submit("x", params).result(60).choices]

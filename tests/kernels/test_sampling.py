@@ -329,3 +329,13 @@ def test_the_nucleus_is_what_sorting_all_finds(seed: int, spread: float, top_p: 
     if abs(float(sums[count - 1]) / float(sums[-1]) - top_p) > 1e-12:  # else rounding decides
         assert torch.equal(got, order.indices[:count].sort().values)
     assert float(weights[got].double().sum()) >= top_p * float(sums[-1]) * (1 - 1e-12)
+
+
+def test_a_list_of_ids_leaves_only_those() -> None:
+    params = SamplingParams(temperature=0.0, allowed_token_ids=(2, 5, 39))
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    best = max((2, 5, 39), key=lambda i: float(logits[i]))
+    assert one(logits, Row(params)).token == best
+    assert one(logits, Row(params, suppress=(best,))).token != best
+    assert one(logits, Row(params, guide=Fixed((5, 7)))).token == 5
+    assert one(logits, Row(params, guide=Fixed((7,)))).error is not None

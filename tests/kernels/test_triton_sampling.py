@@ -159,7 +159,7 @@ def test_a_row_does_not_see_its_batch_mates():
 @pytest.mark.parametrize("vocab", [33, 101])
 def test_grammars_masks(vocab: int) -> None:
     """Beside rows without one, with suppressed ids that the grammar must have, and with a grammar that failed."""
-    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     drawn = SamplingParams(temperature=1.5, top_p=0.9, presence_penalty=0.5, logit_bias=((2, 3.0),))
     rows = [
         Row(guide=Fixed((0, 7, 31, 32))),
@@ -168,6 +168,7 @@ def test_grammars_masks(vocab: int) -> None:
         Row(suppress=(4,), guide=Fixed((4, 8))),
         Row(suppress=(4,), guide=Fixed((4,))),
         Row(drawn, guide=Fixed(error="too hard")),
+        Row(SamplingParams(allowed_token_ids=(3, 32)), suppress=(3,)),
     ]
     got = sample(logits, rows).collect()
     same(got, sampling.sample(logits.cpu(), rows).collect())

@@ -135,6 +135,42 @@ async def test_prompt_logprobs_of_their_own(engine: Engine) -> None:
     assert any(entry["rank"] == 1 for entry in table[1].values())
 
 
+@pytest.mark.parametrize("url", [CHAT, COMPLETIONS])
+async def test_a_stream_tells_of_its_prompt_first(engine: Engine, url: str) -> None:
+    """Per choice, with its first chunk: `prompt_logprobs` as in a whole answer."""
+    body = {"messages": [{"role": "user", "content": "hi"}]} if url == CHAT else {"prompt": ["abc", "d"]}
+    body |= {"prompt_logprobs": 1, "n": 2, "max_tokens": 4, "temperature": 0}
+    whole = await body_of(engine, url, body)
+    job = await submit(engine, parse(url, body | {"stream": True}))
+    chunks, told = job.chunks(), {}
+    for number, generation in enumerate(job.generations):
+        async for delta in generation:
+            for chunk in chunks.push(number, delta):
+                (choice,) = chunk["choices"]
+                if "prompt_logprobs" in choice:
+                    assert choice["index"] not in told
+                    told[choice["index"]] = choice["prompt_logprobs"]
+                assert choice["index"] in told
+    expected = [whole["prompt_logprobs"]] * 2 if url == CHAT else [choice["prompt_logprobs"] for choice in whole["choices"]]
+    for index, table in enumerate(expected):
+        assert [entry and entry.keys() for entry in told[index]] == [entry and entry.keys() for entry in table]
+
+
+async def test_a_streamed_echo_is_the_whole_one_in_pieces(engine: Engine) -> None:
+    body = {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    (whole,) = (await body_of(engine, COMPLETIONS, body))["choices"]
+    job = await submit(engine, parse(COMPLETIONS, body | {"stream": True}))
+    chunks = job.chunks()
+    choices = [c["choices"][0] async for delta in job.generations[0] for c in chunks.push(0, delta)]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    for name in ("tokens", "text_offset"):
+        assert [value for part in parts for value in part[name]] == whole["logprobs"][name]
+    values = [value for part in parts for value in part["token_logprobs"]]
+    assert values[0] is None
+    assert values[1:] == pytest.approx(whole["logprobs"]["token_logprobs"][1:], abs=1e-4)
+
+
 async def test_stop_string_is_told(engine: Engine) -> None:
     text = (await body_of(engine, COMPLETIONS, {"prompt": "abc"} | GREEDY | {"max_tokens": 40}))["choices"][0]["text"]
     stop = next(char for char in text[1:] if char.isascii() and char not in text[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +78,25 @@ async def test_tokenize_and_back(engine: Engine) -> None:
             ("/detokenize", {"tokens": [1] * 1000}),
         ):
             assert (await server.post(path, bad))[0] == 400, (path, bad)
+
+
+async def test_what_lm_eval_asks_of_a_tokenizer(engine: Engine) -> None:
+    """Its remote tokenizer: special tokens by name, a template to render, and ids of an empty prefix."""
+    async with serving(engine) as server:
+        for path in ("/tokenizer_info", "/v1/tokenizer_info"):
+            status, info = await server.get(path)
+            assert status == 200
+            assert (info["eos_token"], info["bos_token"]) == ("<|im_end|>", "<|endoftext|>")
+            assert "im_start" in info["chat_template"]
+        ask = {"prompt": info["eos_token"], "add_special_tokens": False}
+        assert (await server.post("/tokenize", ask))[1]["tokens"] == [258]
+        assert (await server.get("/tokenizer_info?model=nobody"))[0] == 404
+
+
+async def test_the_version_is_that_of_the_sources(engine: Engine) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    async with serving(engine) as server:
+        assert await server.get("/version") == (200, {"version": project["version"]})
 
 
 async def test_routes_that_are_not_there_answer_in_json(engine: Engine) -> None:
