@@ -23,12 +23,12 @@ Json = dict[str, Any]
 
 _SECOND = 1_000_000  # spans and events come in microseconds
 _TIMEOUT = 10.0
+_PAPER = 120  # columns, where the output is no terminal
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _PARTS = ("online_prefill", "online_decode", "offline_prefill", "offline_decode")
 _COLORS = {"online": "blue", "offline": "yellow", "switch": "magenta", "idle": "bright_black", "cached": "bright_black"}
 _WORDS = {
     "preemption": "offline model stopped",
-    "thaw": "offline model goes on",
     "parked": "offline step parked",
     "gave_way": "made room",
     "reclaim": "memory taken",
@@ -125,6 +125,8 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     sign, seconds = ("-" if seconds < 0 else ""), abs(seconds)
+    if 0 < seconds < 0.0009995:
+        return f"{sign}{seconds * 1e6:.0f} µs"
     if seconds < 1:
         return f"{sign}{seconds * 1e3:.{1 if seconds < 0.0995 else 0}f} ms"
     if seconds < 60:
@@ -141,6 +143,21 @@ def cost_of(event: Json) -> str:
         text = f"{value:,.0f}" if unit is None else duration(value / unit)
         words.append(f"{(name if unit is None else name[:-3]).replace('_', ' ')} {text}")
     return ", ".join(words)
+
+
+def folded(events: list[Json]) -> list[Json]:
+    """Each preemption with what came of it: how long the worker stood still, or that it was none."""
+    found: list[Json] = []
+    for event in events:
+        stop = next((e for e in reversed(found) if e["kind"] == "preemption" and "stood_still_ms" not in e["cost"]), None)
+        if event["kind"] == "withdrawn":
+            if stop is not None:
+                found.remove(stop)
+        elif event["kind"] != "thaw":
+            found.append(event)
+        elif stop is not None:
+            found[found.index(stop)] = stop | {"cost": stop["cost"] | event["cost"]}
+    return found
 
 
 # -- the picture
@@ -260,7 +277,7 @@ def _events(state: Json) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("last preemptions", "", "cause", "cost"):
         table.add_column(name)
-    for event in reversed(state["events"][-6:]):
+    for event in reversed(folded(state["events"])[-6:]):
         ago = f"{duration((state['now'] - event['at']) / _SECOND)} ago"
         what = _WORDS.get(event["kind"], event["kind"])
         table.add_row(Text(ago, style="dim"), Text(what), Text(event["cause"]), Text(cost_of(event)))
@@ -308,6 +325,8 @@ def _once(source: Source) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PAPER)
     console.print(render(source.look(), console.width))
     return 0
 

@@ -223,7 +223,7 @@ class ExclusiveSharing:
             now = self._clock.now()
             if self._arbiter.withdraw(request, now):
                 self._account(now)
-                self._thaw("the request was offline work after all", now)
+                self._thaw("withdrawn", "it was offline work after all", now)
             self._wake.notify()
 
     def count(self, cost: Cost) -> None:
@@ -276,16 +276,16 @@ class ExclusiveSharing:
                 self._gate.keep()
             if self._arbiter.poll(now):
                 self._account(now)
-                self._thaw("online work is done", now)
+                self._thaw("thaw", "online work is done", now)
             settled = self._arbiter.state is State.OFFLINE
         if settled:
             self._run_in_engine(self._lender.settle)
 
-    def _thaw(self, cause: str, now: float) -> None:
+    def _thaw(self, kind: str, cause: str, now: float) -> None:
         self._gate.thaw()
         stood = self._timeline.released(now)
         if self._process.busy:
-            self._timeline.event("thaw", cause, stood_still_ms=round(stood * 1e3, 3))
+            self._timeline.event(kind, cause, stood_still_ms=round(stood * 1e3, 3))
 
     def _account(self, now: float) -> None:
         """Book the time in which the worker could run and had work."""

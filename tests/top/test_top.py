@@ -12,7 +12,7 @@ import pytest
 from serving import MESSAGES, make_engine, serving
 
 from engine import Engine, SamplingParams
-from engine.top import cost_of, duration, main, seconds_by_owner, strip
+from engine.top import cost_of, duration, folded, main, seconds_by_owner, strip
 
 ROOT = Path(__file__).parents[2]
 CHAT = {"messages": MESSAGES, "max_tokens": 12, "ignore_eos": True}
@@ -81,8 +81,30 @@ def test_words_for_people() -> None:
         *("-", "1.2 ms", "250 ms", "3.1 s", "5 min", "2 h 5 min", "-2 h 5 min"),
     ]
     assert cost_of({"cost": {"latency_us": 170, "stood_still_ms": 2500, "lost_tokens": 1200}}) == (
-        "latency 0.2 ms, stood still 2.5 s, lost tokens 1,200"
+        "latency 170 µs, stood still 2.5 s, lost tokens 1,200"
     )
+
+
+def test_a_preemption_is_told_with_what_came_of_it() -> None:
+    def event(kind: str, **cost: float) -> dict[str, object]:
+        return {"kind": kind, "cause": "", "at": 0, "cost": cost}
+
+    told = folded(
+        [
+            event("thaw", stood_still_ms=1),  # of a preemption before the window
+            event("preemption", latency_us=3),
+            event("withdrawn", stood_still_ms=2),
+            event("preemption", latency_us=4),
+            event("reclaim", slabs=1),
+            event("thaw", stood_still_ms=50),
+            event("preemption", latency_us=5),
+        ]
+    )
+    assert [(e["kind"], e["cost"]) for e in told] == [
+        ("preemption", {"latency_us": 4, "stood_still_ms": 50}),
+        ("reclaim", {"slabs": 1}),
+        ("preemption", {"latency_us": 5}),
+    ]
 
 
 def test_numbers_of_a_window() -> None:
