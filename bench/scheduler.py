@@ -14,6 +14,7 @@ import gc
 import json
 import multiprocessing
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from engine.memory.pages import PagePool
 from engine.sched.plan import StepPlan, StepResult
 from engine.sched.policies import POLICIES, make_policy
 from engine.sched.scheduler import Scheduler
+from engine.timeline import Timeline
 from engine.types import FinishReason, Request, SamplingParams, Submit, Tenant, TokenOut
 
 PAGE_SIZE = 16
@@ -52,6 +54,7 @@ class TimedScheduler(Scheduler):
         self.full: list[bool] = []  # whether the step had every place taken
         self.add_seconds = 0.0
         self.update_seconds = 0.0
+        self.record_seconds: list[float] = []  # one entry for each step told to the timeline
 
     def add(self, submit: Submit) -> Request:
         begin = time.thread_time()
@@ -90,7 +93,15 @@ def make_core(clock: ManualClock, args: argparse.Namespace, max_model_len: int) 
     )
     cost = StepCost(fixed=args.step_ms / 1e3, per_token=1.0 / args.tokens_per_second)
     runner = FakeRunner(vocab_size=VOCAB_SIZE, page_size=PAGE_SIZE, cost=cost, clock=clock)
-    return EngineCore(scheduler, runner), scheduler
+    core, timeline = EngineCore(scheduler, runner), Timeline(clock)
+
+    def record(plan: StepPlan, result: StepResult) -> None:
+        begin = time.thread_time()
+        timeline.step(plan, result)
+        scheduler.record_seconds.append(time.thread_time() - begin)
+
+    core.on_step = record
+    return core, scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +132,7 @@ class DepthResult:
     full_steps: StepTimes  # those with max_num_seqs running
     update_share: float  # of the time of all steps: `update`; the rest is `schedule`
     add_us: float  # one Scheduler.add
+    record_us: float  # telling the timeline of a step; the median, not in the times above
     finished: int
     base_mb: float  # resident before the first line
     peak_mb: float  # most at any of the moments looked at, all lines and their tokens included
@@ -171,6 +183,7 @@ def run_depth(how: str, lines: int, args: argparse.Namespace) -> DepthResult:
         full_steps=StepTimes.of(full),
         update_share=scheduler.update_seconds / sum(scheduler.step_seconds),
         add_us=1e6 * scheduler.add_seconds / lines,
+        record_us=1e6 * statistics.median(scheduler.record_seconds),
         finished=finished,
         base_mb=base / 1e6,
         peak_mb=peak / 1e6,
@@ -185,7 +198,7 @@ def depth(args: argparse.Namespace) -> list[DepthResult]:
         f"{args.prompt}, outputs about {args.output} tokens, policy {args.policy}. Aim: p50 under {STEP_AIM_MS:g} ms."
     )
     print(f"{'':>12} {'lines':>8} {'steps':>7} {'p50 ms':>8} {'mean ms':>8} {'p99 ms':>8} {'max ms':>8} {'update':>7} "
-          f"{'add us':>7} {'memory MB':>15} {'run s':>7}")  # fmt: skip
+          f"{'add us':>7} {'record us':>9} {'memory MB':>15} {'run s':>7}")  # fmt: skip
     decoding = argparse.Namespace(**vars(args) | {"output": 256})
     cases = [("decode only", args.max_num_seqs, decoding)]
     cases += [(how, lines, args) for lines in args.lines for how in ("streamed", "queued")]
@@ -197,7 +210,8 @@ def depth(args: argparse.Namespace) -> list[DepthResult]:
         times = result.full_steps if result.full_steps.steps else result.all_steps
         print(
             f"{how:>12} {lines:>8,} {times.steps:>7,} {times.p50:>8.3f} {times.mean:>8.3f} {times.p99:>8.3f} {times.max:>8.3f} "
-            f"{result.update_share:>7.0%} {result.add_us:>7.1f} {result.base_mb:>7.1f}->{result.peak_mb:<6.1f} "
+            f"{result.update_share:>7.0%} {result.add_us:>7.1f} "
+            f"{result.record_us:>9.1f} {result.base_mb:>7.1f}->{result.peak_mb:<6.1f} "
             f"{result.seconds:>7.1f}",
             flush=True,
         )

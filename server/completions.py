@@ -62,6 +62,9 @@ async def _run(request: web.Request, service: Service, call: Call, watch: Watch,
     service.jobs.add(job)
     try:
         return await (_stream if call.stream else _unary)(request, service, job, watch)
+    except (RequestFailed, EngineDead):
+        watch.finished("error")
+        raise
     except (asyncio.CancelledError, ConnectionError):
         if service.phase is not Phase.DRAINING:
             watch.left(request[REQUEST_ID])
@@ -104,6 +107,7 @@ async def _stream(request: web.Request, service: Service, job: Job, watch: Watch
         except ConnectionError:
             raise
         except Exception as error:  # the status is sent already: the stream itself has to tell
+            watch.finished("error")
             await _tell_error(events, request, service, error)
         else:
             watch.end()
@@ -199,6 +203,8 @@ class Watch:
         self.metrics.e2e.labels(*self.labels).observe(time.monotonic() - self.started)
         for generation in self.job.generations:
             usage, times = generation.usage, generation.times
+            self.metrics.given_way.labels(*self.labels).observe(generation.num_preemptions)
+            self.metrics.cached_tokens.labels(*self.labels).inc(usage.cached_tokens)
             if times.first is not None and times.last is not None:
                 self._stages(times.submitted, times.submitted + times.queued, times.first, times.last)
                 if not self.job.call.stream:  # nobody saw the tokens come: these are the times at which they were there

@@ -118,6 +118,8 @@ async def _answered(service: Service, request: web.Request, handler: Handler, ac
         request[CLIENT] = service.keys.check(access, request.headers)
         return await handler(request)
     except Refused as refused:
+        if refused.answer.status in (429, 503):
+            service.metrics.rejections.labels(refused.answer.body["error"]["code"]).inc()
         return answer_response(refused.answer, refused.headers)
     except web.HTTPException as error:
         return _routing_error(request, error)

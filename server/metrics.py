@@ -26,6 +26,7 @@ _LABELS = ("model_name", "tenant")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0)
 _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_FEW = (0, 1, 2, 3, 5, 10, 20)
 _GAUGES = {
     "num_requests_running": "Requests being computed",
     "num_requests_waiting": "Requests waiting for their turn",
@@ -63,6 +64,8 @@ _ALIASED = {
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
     "request_inference_time_seconds",
+    "request_num_preemptions",
+    "prompt_tokens_cached",
     "iteration_tokens_total",
 }
 
@@ -100,6 +103,9 @@ class Metrics:
         self.output_tokens = histogram("request_generation_tokens", "Output tokens of a request", _COUNTS)
         self.params_n = histogram("request_params_n", "n of a request", _COUNTS)
         self.params_max_tokens = histogram("request_params_max_tokens", "max_tokens of a request, where given", _COUNTS)
+        self.given_way = histogram("request_num_preemptions", "Times a request lost its place and began again", _FEW)
+        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens of answered requests that were in the prefix cache")
+        self.rejections = counter("admission_rejections", "Requests refused for lack of room or rights to it", ("reason",))
         self.success = counter("request_success", "Finished choices", (*_LABELS, "finished_reason"))
         self.http = counter("http_requests", "HTTP requests answered", ("route", "method", "status"))
         self.http_seconds = histogram("http_request_duration_seconds", "Time to the end of an answer", _SECONDS, ("route",))
@@ -108,6 +114,7 @@ class Metrics:
         self.stream_errors = counter("stream_errors", "Streams that ended with an error event", ("code",))
         self.stuck_steps = counter("stuck_steps", "Steps that ran for longer than --stuck-step-timeout", ())
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop ran a timer", _TOKEN_SECONDS, ())
+        self.startup = Gauge("sluice_startup_time_seconds", "From the start to the loaded model", registry=registry)
         self.in_flight = Gauge("sluice_http_in_flight", "Inference requests in flight", registry=registry)
         ProcessCollector(registry=registry)
         registry.register(self._engine)

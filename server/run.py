@@ -174,6 +174,7 @@ class _Process:
 
     async def _serve(self, engine: Engine, stop: asyncio.Task[bool]) -> int:
         seconds = time.monotonic() - self.service.started
+        self.service.metrics.startup.set(seconds)
         gc.collect()
         gc.freeze()  # what was loaded stays; looking at it again and again would cost single steps tens of milliseconds
         log.info("ready after %.1f s: %s", seconds, ", ".join(card.id for card in engine.models))

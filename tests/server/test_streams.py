@@ -197,6 +197,14 @@ async def test_a_slow_reader_is_aborted_and_harms_nobody(long_engine: Engine) ->
         status, _ = await server.post(CHAT, {"messages": MESSAGES} | GREEDY)
         assert status == 200
 
+        assert server.service.connections is not None
+        fullest = 0
+        while server.service.in_flight.total:
+            for protocol in server.service.connections._server.connections:
+                if protocol.transport is not None:
+                    fullest = max(fullest, protocol.transport.get_write_buffer_size())
+            await asyncio.sleep(0.005)
+        assert 0 < fullest < 1 << 20, "what nobody reads waits in the engine's mailbox, merged, not in the socket's buffer"
         await server.idle()
 
         async with server.client.get(server.url + "/metrics") as response:
