@@ -279,7 +279,7 @@ def _events(state: Json) -> RenderableType:
         table.add_column(name)
     for event in reversed(folded(state["events"])[-6:]):
         ago = f"{duration((state['now'] - event['at']) / _SECOND)} ago"
-        what = _WORDS.get(event["kind"], event["kind"])
+        what: str = _WORDS.get(event["kind"]) or event["kind"]
         table.add_row(Text(ago, style="dim"), Text(what), Text(event["cause"]), Text(cost_of(event)))
     return table
 
