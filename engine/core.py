@@ -1,7 +1,8 @@
 """EngineCore: the whole engine in one `step()`: copy, schedule, launch, collect, update. No threads, no text, no torch.
 
-One caller at a time. Requests come in with `submit` and leave as TokenOut; errors of the runner end the requests of that step
-and nothing else, until too many steps in a row fail.
+Where the runner is asynchronous and the next step is certain, it is launched before the results of this one are waited for, so
+that the device never waits for the host. One caller at a time. Requests come in with `submit` and leave as TokenOut; errors of
+the runner end the requests of that step and nothing else, until too many steps in a row fail.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import EngineDead
 from engine.memory.host import PageCopier, Transfer
@@ -78,12 +81,22 @@ class _Copying:
         self._copier.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that runs. `handle` is the runner's; `whole`: from the first layer on."""
+
+    plan: StepPlan
+    handle: Any
+    whole: bool = True
+
+
 class EngineCore:
     """Runs one model's requests.
 
     `interrupted` is asked between the layers of a step without online rows; when it says True (an online request is at the
-    door) the pass is parked at that layer, and goes on from there when online work is done. `copier` carries out what the
-    scheduler wants copied to host memory and back; with it, the scheduler's KVManager has a host tier.
+    door) the pass is parked at that layer, and goes on from there when online work is done. Nor is a step launched ahead then.
+    `copier` carries out what the scheduler wants copied to host memory and back; with it, the scheduler's KVManager has a host
+    tier. `launch_ahead`: whether to do that at all (default: if the runner is asynchronous). Outputs do not depend on it.
     """
 
     def __init__(
@@ -93,6 +106,7 @@ class EngineCore:
         *,
         interrupted: Callable[[], bool] = lambda: False,
         copier: PageCopier | None = None,
+        launch_ahead: bool | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -103,6 +117,8 @@ class EngineCore:
         self.busy_since: float | None = None  # when the step that runs now began
         self._idle = False  # nothing could run last time
         self._copying = None if copier is None else _Copying(scheduler, copier)
+        self.launch_ahead = runner.asynchronous if launch_ahead is None else launch_ahead
+        self._ahead: _Launched | None = None
         self._failed_steps = 0
 
     def submit(self, submit: Submit) -> None:
@@ -110,6 +126,7 @@ class EngineCore:
 
     def abort(self, request_id: str) -> list[TokenOut]:
         out = self.scheduler.abort(request_id)
+        self._forget_dead_step()
         return [] if out is None else [out]
 
     @property
@@ -128,6 +145,9 @@ class EngineCore:
         self.sync()
         self._copy()
         self.stalled = False
+        launched, self._ahead = self._ahead, None
+        if launched is not None:
+            return self._finish(launched)
         plan = self.scheduler.schedule()
         if plan is not None:
             return self._run(plan, lambda: self.runner.launch(plan, self._stop), whole=True)
@@ -158,9 +178,20 @@ class EngineCore:
     def _stop(self, layer: int) -> bool:
         return self.interrupted()
 
-    def _run(self, plan: StepPlan, start: Callable[[], object], *, whole: bool) -> list[TokenOut]:
+    def _run(self, plan: StepPlan, start: Callable[[], Any], *, whole: bool) -> list[TokenOut]:
         try:
-            result = self.runner.collect(start())
+            handle = start()
+        except Exception as error:
+            return self._failed(plan, error)
+        return self._finish(_Launched(plan, handle, whole))
+
+    def _finish(self, launched: _Launched) -> list[TokenOut]:
+        """Wait for a step and apply what came of it, with the next one launched meanwhile if it is certain."""
+        plan = launched.plan
+        if self.launch_ahead and launched.whole and not self.interrupted():
+            self._launch_after(launched)
+        try:
+            result = self.runner.collect(launched.handle)
         except Exception as error:
             return self._failed(plan, error)
         self._failed_steps = 0
@@ -171,19 +202,46 @@ class EngineCore:
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
-        if whole:
+        if launched.whole:
             self.scheduler.learn(plan, result.seconds)
         self.sync()
-        return self.scheduler.update(plan, result)
+        outs = self.scheduler.update(plan, result)
+        self._forget_dead_step()
+        return outs
+
+    def _launch_after(self, launched: _Launched) -> None:
+        plan = self.scheduler.schedule_after(launched.plan)
+        if plan is None:
+            return
+        try:
+            self._ahead = _Launched(plan, self.runner.launch(plan, self._stop, launched.handle))
+        except Exception as error:  # launched again in its turn, it works or fails its requests
+            logger.warning("step %d could not be launched ahead: %s", plan.step, error)
+
+    def _forget_dead_step(self) -> None:
+        """If all requests of the step launched ahead have ended: wait for it, so that nothing touches their pages later."""
+        if self._ahead is not None and not self.scheduler.wants(self._ahead.plan):
+            self._drop_ahead()
+
+    def _drop_ahead(self) -> None:
+        """Wait for the step launched ahead, if any, whose results nobody wants."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            try:
+                self.runner.collect(ahead.handle)
+            except Exception as error:
+                logger.warning("a step launched ahead failed, its requests had ended: %s", error)
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[TokenOut]:
         logger.exception("step %d with %d rows failed", plan.step, len(plan.rows))
+        self._drop_ahead()
         self._failed_steps += 1
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise EngineDead(f"{self._failed_steps} steps in a row failed; the last one with: {error}") from error
         return self.scheduler.fail(plan, f"the step failed: {type(error).__name__}")
 
     def close(self) -> None:
+        self._drop_ahead()
         if self._copying is not None:
             self._copying.close()
         self.runner.close()

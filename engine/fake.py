@@ -7,6 +7,7 @@ other tokens than `expected_tokens`, and tests see it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,8 +103,24 @@ class FakeCopier:
         self._store.clear()
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """A launched step; `result` once it has run."""
+
+    plan: StepPlan
+    rows: tuple[PlanRow, ...]
+    first: int
+    stop: StopCondition | None
+    after: _InFlight | None = None
+    result: StepResult | None = None
+
+
 class FakeRunner:
-    """Fills the Runner protocol. With a ManualClock, a step takes the time its cost says."""
+    """Fills the Runner protocol. With a ManualClock, a step takes the time its cost says.
+
+    `asynchronous`: a step does nothing before it is collected, as if the device were that late; what happens to its pages in
+    between, it sees.
+    """
 
     def __init__(
         self,
@@ -113,29 +130,37 @@ class FakeRunner:
         page_size: int = 16,
         cost: StepCost | None = None,
         clock: ManualClock | None = None,
+        asynchronous: bool = False,
     ) -> None:
+        self.asynchronous = asynchronous
         self.vocab_size = vocab_size
         self.page_size = page_size
         self.cost = cost or StepCost()
         self._layers = num_layers
         self._clock = clock
         self._memory: dict[int, list[int]] = {}
+        self._pending: deque[_InFlight] = deque()
 
     @property
     def num_layers(self) -> int:
         return self._layers
 
-    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> StepResult:
-        return self._run(plan, plan.rows, 0, stop)
+    def launch(self, plan: StepPlan, stop: StopCondition | None = None, after: _InFlight | None = None) -> _InFlight:
+        assert not plan.follows or after is not None
+        return self._start(_InFlight(plan, plan.rows, 0, stop, after))
 
     def resume(
         self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None
-    ) -> StepResult:
+    ) -> _InFlight:
         rows = tuple(row for row in checkpoint.plan.rows if row.request_id not in dropped)
-        return self._run(checkpoint.plan, rows, checkpoint.layer, stop)
+        return self._start(_InFlight(checkpoint.plan, rows, checkpoint.layer, stop))
 
-    def collect(self, in_flight: StepResult) -> StepResult:
-        return in_flight
+    def collect(self, in_flight: _InFlight) -> StepResult:
+        if in_flight.result is None:
+            assert self._pending[0] is in_flight, "steps are collected in the order in which they were launched"
+            self._run(self._pending.popleft())
+        assert in_flight.result is not None
+        return in_flight.result
 
     def poison(self, pages: Sequence[int]) -> None:
         """The pages now belong to somebody else: whoever reads them gets garbage."""
@@ -149,20 +174,39 @@ class FakeRunner:
     def close(self) -> None:
         self._memory.clear()
 
-    def _run(self, plan: StepPlan, rows: tuple[PlanRow, ...], first: int, stop: StopCondition | None) -> StepResult:
-        per_layer = self.cost.of(rows) / self._layers
-        for layer in range(first, self._layers):
-            if layer > first and plan.preemptible and stop is not None and stop(layer):
-                return StepResult((), per_layer * (layer - first), Checkpoint(replace(plan, rows=rows), layer, None))
+    def _start(self, step: _InFlight) -> _InFlight:
+        if self.asynchronous:
+            self._pending.append(step)
+        else:
+            self._run(step)
+        return step
+
+    def _run(self, step: _InFlight) -> None:
+        per_layer = self.cost.of(step.rows) / self._layers
+        for layer in range(step.first, self._layers):
+            if layer > step.first and step.plan.preemptible and step.stop is not None and step.stop(layer):
+                checkpoint = Checkpoint(replace(step.plan, rows=step.rows), layer, None)
+                step.result = StepResult((), per_layer * (layer - step.first), checkpoint)
+                return
             if self._clock is not None:
                 self._clock.advance(per_layer)
-        return StepResult(tuple(self._row(row) for row in rows), per_layer * (self._layers - first))
+        rows = zip(step.rows, self._sampled_before(step), strict=True)
+        step.result = StepResult(tuple(self._row(*pair) for pair in rows), per_layer * (self._layers - step.first))
 
-    def _row(self, row: PlanRow) -> RowResult:
+    @staticmethod
+    def _sampled_before(step: _InFlight) -> Sequence[int | None]:
+        """For each row the token that the step before sampled for it, if it follows one."""
+        if not step.plan.follows:
+            return [None] * len(step.rows)
+        assert step.after is not None and step.after.result is not None
+        return [step.after.result.rows[place].token for place in step.plan.follows]
+
+    def _row(self, row: PlanRow, sampled_before: int | None) -> RowResult:
         digest = self._read(row, row.start - 1) if row.start else 0
         prompt_logprobs: list[TokenLogprob] = []
         for position in range(row.start, row.end):
-            digest = _extend(digest, row.tokens[position])
+            token = row.tokens[position] if sampled_before is None else sampled_before
+            digest = _extend(digest, token)
             page, slot = divmod(position, self.page_size)
             self._memory.setdefault(row.pages[page], [_POISON] * self.page_size)[slot] = digest
             if row.params.prompt_logprobs is not None and position + 1 < row.num_prompt:

@@ -25,22 +25,28 @@ class Batch:
     sample_rows: torch.Tensor  # [S] int64: the token of each of them whose logits are wanted
 
 
-def build(plan: StepPlan, device: torch.device) -> Batch:
-    """The tensors of a plan. Raises ValueError for a row without tokens: a plan must not hold one."""
+def build(plan: StepPlan, device: torch.device, sampled_before: torch.Tensor | None = None) -> Batch:
+    """The tensors of a plan. Raises ValueError for a row without tokens: a plan must not hold one.
+
+    `sampled_before`, for a plan that follows a step not yet collected: the tokens which that step samples, one for each of its
+    rows, on the device ([rows] int64; less than 0 for a row that failed, whose successor is not looked at).
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     offsets: list[int] = []
     for row in plan.rows:
         offsets.append(len(token_ids))
-        token_ids.extend(row.tokens[row.start : row.end])
+        token_ids.extend(row.tokens[row.start : row.end] if sampled_before is None else (0,))
         positions.extend(range(row.start, row.end))
         if row.count < 1 or len(token_ids) != len(positions):
             raise ValueError(f"request {row.request_id}: tokens {row.start}..{row.end} of {len(row.tokens)}")
     rows = plan.rows
     sampled = tuple(index for index, row in enumerate(rows) if row.sample)
     last = [offsets[i] + rows[i].count - 1 for i in sampled]
-    sizes = (len(token_ids), len(positions), len(last))
-    ids, places, sample_rows = _on(device, [*token_ids, *positions, *last]).split(sizes)
+    sizes = (len(token_ids), len(positions), len(last), len(plan.follows))
+    ids, places, sample_rows, follows = _on(device, [*token_ids, *positions, *last, *plan.follows]).split(sizes)
+    if sampled_before is not None:
+        ids = sampled_before[follows].clamp_min(0)
     return Batch(
         token_ids=ids,
         positions=places,

@@ -36,7 +36,8 @@ class _InFlight:
     """A launched step: either parked, or with samples to wait for."""
 
     plan: StepPlan
-    seconds: float
+    started: float
+    seconds: float  # that the host took to launch it
     checkpoint: Checkpoint | None = None
     sampled: Outcomes | None = None
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] | None = None
@@ -64,6 +65,8 @@ class ModelRunner:
         self.layout = layout
         self.window = window
         self.device = device
+        self.asynchronous = device.type != "cpu"
+        self._collected = 0.0  # when the last step was
         self._model = model
         self._clock = clock or MonotonicClock()
         self._sampler = sampler
@@ -78,9 +81,10 @@ class ModelRunner:
         return self._model.num_layers
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> _InFlight:
+    def launch(self, plan: StepPlan, stop: StopCondition | None = None, after: _InFlight | None = None) -> _InFlight:
         started = self._clock.now()
-        batch = forward.build(plan, self.device)
+        before = None if after is None or after.sampled is None else after.sampled.token_ids
+        batch = forward.build(plan, self.device, before if plan.follows else None)
         stop = self._paced(stop) if plan.preemptible else None
         done = self._graphs.run(batch.token_ids, batch.positions, batch.meta, stop) if self._graphs is not None else None
         if done is None:
@@ -103,7 +107,7 @@ class ModelRunner:
             residual = None if parked.residual is None else parked.residual[keep]
             parked = _Parked(parked.hidden[keep], residual)
         if not plan.rows:
-            return _InFlight(plan, 0.0)
+            return _InFlight(plan, started, 0.0)
         stop = self._paced(stop) if plan.preemptible else None
         return self._run(plan, forward.build(plan, self.device), checkpoint.layer, parked, stop, started)
 
@@ -135,14 +139,14 @@ class ModelRunner:
         return self._finish(plan, batch, hidden, residual, started)
 
     def _park(self, plan: StepPlan, layer: int, parked: _Parked, started: float) -> _InFlight:
-        return _InFlight(plan, self._clock.now() - started, Checkpoint(plan, layer, parked))
+        return _InFlight(plan, started, self._clock.now() - started, Checkpoint(plan, layer, parked))
 
     def _finish(
         self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor, started: float
     ) -> _InFlight:
         sampled = self._sample(plan, batch, hidden, residual)
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, residual)
-        return _InFlight(plan, self._clock.now() - started, None, sampled, prompt_logprobs)
+        return _InFlight(plan, started, self._clock.now() - started, None, sampled, prompt_logprobs)
 
     def _sample(self, plan: StepPlan, batch: forward.Batch, hidden: torch.Tensor, residual: torch.Tensor) -> Outcomes | None:
         if not batch.sampled:
@@ -169,9 +173,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def collect(self, in_flight: _InFlight) -> StepResult:
-        started = self._clock.now()
         if in_flight.checkpoint is not None:
             return StepResult((), in_flight.seconds, in_flight.checkpoint)
+        # A step launched ahead began when the one before it was done. Else the time between launch and collect is the caller's.
+        is_ahead = in_flight.started < self._collected
+        started = self._collected if is_ahead else self._clock.now() - in_flight.seconds
         samples = iter(in_flight.sampled.collect() if in_flight.sampled is not None else ())
         prompt_logprobs = in_flight.prompt_logprobs or {}
         rows = []
@@ -179,7 +185,8 @@ class ModelRunner:
             outcome = next(samples) if row.sample else Sample()
             entries = prompt_logprobs.get(row.request_id, ())
             rows.append(RowResult(row.request_id, outcome.token, outcome.logprob, entries, outcome.error))
-        return StepResult(tuple(rows), in_flight.seconds + self._clock.now() - started)
+        self._collected = self._clock.now()
+        return StepResult(tuple(rows), self._collected - started)
 
     def close(self) -> None:
         self.window.close()

@@ -65,6 +65,11 @@ class Sample:
 class Outcomes(Protocol):
     """The outcomes of a batch, perhaps still on their way."""
 
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[S] int64 where the logits are: the tokens as a next step reads them. Below 0, or any id, for a row with an error."""
+        ...
+
     def collect(self) -> list[Sample]:
         """One outcome per row. Waits for the device."""
         ...
@@ -81,6 +86,13 @@ class Sampled:
     best: torch.Tensor  # [S] float32: the largest logit; not finite where the logits are unusable
     likeliest: torch.Tensor  # [S] int64: its id, the lowest of equals
     chosen: dict[int, Sample]  # by place in the batch: the rows that asked for more
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        ids = self.likeliest.clone()
+        for place, outcome in self.chosen.items():
+            ids[place] = -1 if outcome.token is None else outcome.token
+        return ids
 
     def collect(self) -> list[Sample]:
         """One outcome per row. Waits for the device."""

@@ -241,6 +241,7 @@ class DeviceSampled:
 
     best: torch.Tensor  # [S] largest raw logit: not finite where the logits are unusable
     tokens: torch.Tensor  # [S] int64; -1: every id suppressed
+    token_ids: torch.Tensor  # the same on the device
     logprobs: Logprobs | None
     done: Any  # CUDA event after the copies, or None
     errors: dict[int, str]  # by place in the batch: rows whose grammar came to no end
@@ -276,12 +277,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> DeviceSampled:
         errors = {places[index]: text for index, text in _mask(chosen, [rows[place] for place in places]).items()}
         tokens[where] = _pick(chosen, [rows[place] for place in places])
     logprobs = _logprobs(logits, tokens, rows)
-    best, tokens, logprobs = _fetch(best), _fetch(tokens), logprobs and _fetch_logprobs(logprobs)
+    best, fetched, logprobs = _fetch(best), _fetch(tokens), logprobs and _fetch_logprobs(logprobs)
     done = None
     if logits.is_cuda:
         done = torch.cuda.Event()
         done.record()
-    return DeviceSampled(best, tokens, logprobs, done, errors)
+    return DeviceSampled(best, fetched, tokens, logprobs, done, errors)
 
 
 def _mask(logits: torch.Tensor, rows: Sequence[SampledRow]) -> dict[int, str]:

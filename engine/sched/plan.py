@@ -42,11 +42,16 @@ class PlanRow(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: rows run together, in this order. `step` is a running number."""
+    """One step: rows run together, in this order. `step` is a running number.
+
+    A step with `follows` is launched before the step before it was collected: row i computes the token that row follows[i] of
+    that step samples, which only the device knows by then; on the host it is in `tokens` when the results come.
+    """
 
     step: int
     rows: tuple[PlanRow, ...]
     preemptible: bool = False  # no online row: a stop condition may park it between layers
+    follows: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -86,16 +91,23 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """Runs steps of one model. One caller, one step at a time.
+    """Runs steps of one model. One caller; steps run and are collected in the order in which they were started.
 
-    `launch` and `resume` start a step and may return before the device is done; `collect` waits for it.
+    `launch` and `resume` start a step and may return before the device is done; `collect` waits for it. Where `asynchronous`,
+    launching does return before, and a step launched ahead saves time.
     """
+
+    @property
+    def asynchronous(self) -> bool: ...
 
     @property
     def num_layers(self) -> int: ...
 
-    def launch(self, plan: StepPlan, stop: StopCondition | None = None) -> Any:
-        """Start the plan. It runs to its end, or to the layer boundary at which `stop` says so. Returns a handle."""
+    def launch(self, plan: StepPlan, stop: StopCondition | None = None, after: Any = None) -> Any:
+        """Start the plan. It runs to its end, or to the layer boundary at which `stop` says so. Returns a handle.
+
+        `after` is the handle of the step, not yet collected, whose tokens a plan with `follows` goes on from.
+        """
         ...
 
     def resume(self, checkpoint: Checkpoint, dropped: frozenset[str] = frozenset(), stop: StopCondition | None = None) -> Any:

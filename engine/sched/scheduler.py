@@ -196,6 +196,60 @@ class Scheduler:
         preemptible = all(row.tenant is Tenant.OFFLINE for row in step.rows)
         return StepPlan(self._step, tuple(step.rows), preemptible)
 
+    def schedule_after(self, plan: StepPlan) -> StepPlan | None:
+        """The step after one that is running, each row a token further; None if it is not certain that this will come next.
+
+        Certain are online rows that all sample, while nobody else could run. A request that ends by its next token leaves a
+        row whose result is ignored. Nobody gives way here: what needs room or a choice waits for `schedule`.
+        """
+        followed = [place for place, row in enumerate(plan.rows) if self._goes_on(row)]
+        rows = [plan.rows[place] for place in followed]
+        if not rows or not all(row.sample and row.tenant is Tenant.ONLINE and _needs_no_history(row) for row in plan.rows):
+            return None
+        if self._others_could_run(plan, seat_freed=len(rows) < len(plan.rows)):
+            return None
+        if not all(self.kv.grow(self._requests[row.request_id], row.end + 1) for row in rows):
+            return None
+        self._step += 1
+        return StepPlan(self._step, tuple(self._next_row(row) for row in rows), follows=tuple(followed))
+
+    def _goes_on(self, row: PlanRow) -> bool:
+        """Whether the row's request can want another token after the one that this row samples."""
+        request = self._requests.get(row.request_id)
+        if request is None or request.state is not RequestState.RUNNING or request.pages is not row.pages:
+            return False
+        return row.end + 1 < request.max_len
+
+    def _next_row(self, row: PlanRow) -> PlanRow:
+        """The row that computes the token which `row` samples."""
+        request, params = self._requests[row.request_id], row.params
+        num_output = row.end + 1 - row.num_prompt
+        return PlanRow(
+            row.request_id,
+            row.tenant,
+            row.tokens,
+            row.num_prompt,
+            row.end,
+            1,
+            row.pages,
+            True,
+            params,
+            uniform(request.seed, num_output) if params.temperature else 0.0,
+            self._suppressed(request, num_output),
+        )
+
+    def _others_could_run(self, plan: StepPlan, *, seat_freed: bool) -> bool:
+        """Whether the policy might run anybody beside or instead of the plan's rows, were it asked now."""
+        view = self._view()
+        step = _Step(self.policy.budget(view), self.step_time)
+        planned = {row.request_id for row in plan.rows}
+        full = not seat_freed and sum(map(len, self._running.values())) >= self.max_num_seqs
+        for request in self.policy.order(view):
+            admissible = request.state is RequestState.RUNNING or not full
+            if request.id not in planned and admissible and step.room(request) > 0:
+                return True
+        return False
+
     def _view(self) -> View:
         most = self.max_num_batched_tokens
         parked = len(self.parked) > 0
@@ -424,6 +478,10 @@ class Scheduler:
         """A plan ran from its first layer to its last in so many seconds."""
         self.step_time.observe(Load.of(plan.rows), seconds)
 
+    def wants(self, plan: StepPlan) -> bool:
+        """Whether any request of the plan is still here to be told of its results."""
+        return any(row.request_id in self._requests for row in plan.rows)
+
     def fail(self, plan: StepPlan, error: str) -> list[TokenOut]:
         """The step could not run: its requests end with an error."""
         requests = [self._requests[row.request_id] for row in plan.rows if row.request_id in self._requests]
@@ -523,3 +581,10 @@ class Scheduler:
         self.parked.check()
         restoring = {request.id for request in running if request.restoring}
         assert restoring == (set() if self.kv.copies is None else self.kv.copies.restoring())
+
+
+def _needs_no_history(row: PlanRow) -> bool:
+    """Whether the token after this row's can be sampled without the host having seen this one."""
+    params = row.params
+    penalised = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+    return not penalised and row.guide is None

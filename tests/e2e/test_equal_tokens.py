@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,31 @@ def test_same_tokens_when_passes_stop_between_layers(case):
         for generation, answer in zip(generations, answers, strict=True):
             assert_same(answer, generation.result(60).choices[0].tokens, "parked passes")
         engine._core.scheduler.check()
+
+
+def test_same_tokens_when_steps_are_launched_ahead(case):
+    """Each step of online decodes is launched before the tokens it computes have reached the host; some end unexpectedly."""
+    folder, prompts, answers = case
+
+    with engine_for(folder, max_num_batched_tokens=64) as engine:
+        core, plans = engine._core, []
+        tell = core.on_step
+        core.on_step = lambda plan, result: (plans.append(plan), tell(plan, result))
+        core.launch_ahead = True
+        offline = [engine.submit(prompt, PARAMS, tenant="offline") for prompt in prompts]
+        online = [engine.submit(prompt, PARAMS) for prompt in prompts]
+        stopped = [
+            engine.submit(prompt, replace(PARAMS, stop_token_ids=(answer.tokens[4],)))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        for generation, answer in zip([*online, *offline], answers * 2, strict=True):
+            assert_same(answer, generation.result(60).choices[0].tokens, f"{generation.tenant}")
+        for generation, answer in zip(stopped, answers, strict=True):
+            tokens = list(generation.result(60).choices[0].tokens)
+            end = answer.tokens.index(answer.tokens[4])
+            assert tokens == list(answer.tokens[: len(tokens)]) and end <= len(tokens) <= end + 1
+        core.scheduler.check()
+        assert any(plan.follows for plan in plans)
 
 
 @pytest.mark.slow

@@ -43,15 +43,16 @@ class Life(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         batch=st.integers(1, 24),
         caching=st.booleans(),
+        ahead=st.booleans(),
         protected=st.integers(0, 3),  # what remains when one slab is away and the longest request has its pages
         slots=st.sampled_from([0, 1, 3, 8, 40]),
         warm=st.booleans(),
     )
     def build(
-        self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, protected: int, slots: int, warm: bool
+        self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, ahead: bool, protected: int, slots: int, warm: bool
     ) -> None:
         clock = ManualClock()
-        self.runner = FakeRunner(num_layers=3, vocab_size=VOCAB, page_size=PAGE, clock=clock)
+        self.runner = FakeRunner(num_layers=3, vocab_size=VOCAB, page_size=PAGE, clock=clock, asynchronous=ahead)
         self.pool = PagePool(slabs, 3)
         self.longest = (slabs - 2) * 3 * PAGE  # one slab may be away and the request must still fit
         host = HostTier(slots) if slots else None
@@ -77,11 +78,12 @@ class Life(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20),
         output=st.integers(1, 12),
         priority=st.integers(0, 2),
+        stops=st.sampled_from([(), tuple(range(0, VOCAB, 6))]),
     )
-    def submit(self, tenant: Tenant, prompt: list[int], output: int, priority: int) -> None:
+    def submit(self, tenant: Tenant, prompt: list[int], output: int, priority: int, stops: tuple[int, ...]) -> None:
         prompt = prompt[: self.longest - 1]
         name = str(len(self.submits))
-        params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.0)
+        params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.0, stop_token_ids=stops)
         submit = Submit(id=name, tenant=tenant, prompt=tuple(prompt), params=params, seed=0, priority=priority)
         self.submits[name], self.outputs[name] = submit, []
         self.live.add(name)
@@ -142,11 +144,13 @@ class Life(RuleBasedStateMachine):
             assert out.error is None
             self.outputs[out.id].append(out.token)
             if out.finish_reason is not None:
-                assert out.finish_reason is FinishReason.LENGTH
                 self.live.remove(out.id)
                 submit = self.submits[out.id]
                 room = min(submit.params.max_tokens, self.longest - len(submit.prompt))
-                assert self.outputs[out.id] == expected_tokens(submit.prompt, room, VOCAB)
+                expected = expected_tokens(submit.prompt, room, VOCAB)
+                ends = [place for place, token in enumerate(expected) if token in submit.params.stop_token_ids]
+                assert self.outputs[out.id] == expected[: ends[0] + 1 if ends else room]
+                assert out.finish_reason is (FinishReason.STOP if ends else FinishReason.LENGTH)
 
     @invariant()
     def whole(self) -> None:

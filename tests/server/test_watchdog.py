@@ -26,6 +26,7 @@ class HeldRunner:
     def __init__(self, inner: Runner) -> None:
         self._inner = inner
         self.num_layers = inner.num_layers
+        self.asynchronous = False
         self.go_on = threading.Event()
         self.go_on.set()
 
