@@ -30,22 +30,23 @@ section() { # section LIMIT NAME [arguments]
   [ "$left" -lt 10 ] && { echo "== $*: left out, no time" | tee -a "$LOG"; return; }
   [ "$left" -lt "$limit" ] && limit=$left
   echo "== $*" | tee -a "$LOG"
-  timeout --kill-after=5 "$limit" "$PYTHON" -m bench.gpu "$@" --out "$OUT" ${DRY[@]+"${DRY[@]}"} >>"$LOG" 2>&1
+  timeout --kill-after=5 "$limit" "$PYTHON" -m bench.gpu "$@" --limit "$limit" --out "$OUT" ${DRY[@]+"${DRY[@]}"} >>"$LOG" 2>&1
   local code=$?
   [ "$code" -eq 0 ] || echo "== $*: exit status $code after at most $limit s" | tee -a "$LOG"
 }
 
-section 45 environment
-section 40 ceilings
-section 60 tokens
+section 40 environment
+section 30 ceilings
+section 45 tokens
 if [ ${#DRY[@]} -gt 0 ]; then export TRITON_INTERPRET=1; fi
-section 90 kernels
+section 60 kernels
 unset TRITON_INTERPRET
-section 75 models --only llama-3.1-8b
-section 70 gate
-section 50 models --only qwen3-0.6b
-section 30 vmm
-section 75 models --only qwen3-8b
-section 75 throughput
+section 75 gate
+section 40 vmm
+section 60 models --only llama-3.1-8b
+section 190 colocation
+section 40 models --only qwen3-0.6b
+section 60 models --only qwen3-8b
+section 60 throughput
 
 "$PYTHON" -m bench.gpu report --out "$OUT"

@@ -84,7 +84,6 @@ class HostVmm:
     def __init__(self, device: Queue | None = None) -> None:
         self.device = device
         self.holes: set[int] = set()
-        self.remaps = 0
         self._handles: dict[int, _Handle] = {}
         self._mapped: dict[int, _Handle] = {}
         if device is not None:
@@ -139,10 +138,11 @@ class HostVmm:
         self.holes.discard(address)
 
     def unmap(self, address: int, size: int) -> None:
-        self.holes.add(address)
-        self.remaps += 1
+        if self.device is not None and os.environ.get("SLUICE_TEST_STUCK"):
+            self.device.wait_on()
         if self.device is not None and self.device.is_running:
             violation("an unmap under a running kernel")
+        self.holes.add(address)
         found = self._mapped.pop(address)
         _mmap(address, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED | _NORESERVE)
         found.mappings -= 1
@@ -172,9 +172,17 @@ class Manager:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(folder() / "rm"))
         self._listener.listen(64)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def close(self) -> None:
+        """Wait until the last descriptor is gone, so that nothing of this machine is left in the next test's process."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for file in list(SocketFile.own):
+            file.close()
+        for thread in self._threads:
+            thread.join(30.0)
+            assert not thread.is_alive(), "somebody keeps a descriptor of the driver"
         self._listener.close()
 
     @property
@@ -190,7 +198,8 @@ class Manager:
         with suppress(OSError):
             while True:
                 sock, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+                self._threads.append(threading.Thread(target=self._serve, args=(sock,), daemon=True))
+                self._threads[-1].start()
 
     def _serve(self, sock: socket.socket) -> None:
         pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
@@ -327,10 +336,13 @@ class Queue:
         assert threading.current_thread() is not self.thread
         self.record().wait()
 
-    @contextmanager
-    def operation(self, *, touches_window: bool = True) -> Iterator[None]:
+    def wait_on(self) -> None:
         while self._off.exists():
             time.sleep(1e-4)
+
+    @contextmanager
+    def operation(self, *, touches_window: bool = True) -> Iterator[None]:
+        self.wait_on()
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         self.is_running = touches_window
         try:

@@ -7,7 +7,7 @@ import importlib
 import time
 from pathlib import Path
 
-SECTIONS = ("environment", "ceilings", "kernels", "tokens", "models", "throughput", "gate", "vmm")
+SECTIONS = ("environment", "ceilings", "kernels", "tokens", "models", "throughput", "gate", "vmm", "colocation")
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files and the table")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU: does the code run at all")
     parser.add_argument("--only", default="", help="of the models: the one with this name")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds until whoever started this ends it")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.section == "report":
@@ -25,7 +26,7 @@ def main() -> None:
         return
     from bench.gpu.common import Bench, Skip
 
-    bench = Bench(f"{args.section}_{args.only}" if args.only else args.section, args.dry_run)
+    bench = Bench(f"{args.section}_{args.only}" if args.only else args.section, args.dry_run, args.out, args.limit)
     started = time.monotonic()
     try:
         if not args.dry_run:

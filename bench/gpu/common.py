@@ -44,6 +44,8 @@ class Bench:
 
     section: str
     dry: bool
+    folder: Path = Path("bench/results")
+    limit: float = 600.0  # seconds until the script ends the section
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -56,6 +58,11 @@ class Bench:
     def row(self, name: str, value: float | None, unit: str, **more: Any) -> None:
         self.rows.append(Row(name, value, unit, **more))
         print(line(self.rows[-1]), flush=True)
+
+    def text(self, line: str) -> None:
+        """A line of a table that others made."""
+        self.rows.append(Row(line, None, ""))
+        print(line, flush=True)
 
     def attempt(self, name: str, work: Callable[[], None]) -> None:
         """Run a part of the section; what goes wrong becomes a row, and the next part runs."""

@@ -51,7 +51,7 @@ _LOOK_SECONDS = 100e-6
 _AGAIN_SECONDS = 0.25
 _SWITCH_SECONDS = 200e-6  # longest another Python thread keeps the agent waiting; the default is 5 ms
 _GUARD_LEASE_SECONDS = 2 * LEASE_SECONDS  # a main process that only stalled hears of it from its own gate first
-_REMAP_LIMIT_SECONDS = 0.5
+REMAP_LIMIT_SECONDS = 0.5  # one that takes longer waits for the channels, which the watchdog then switches on
 _NO_GRANT = b"no channels"
 _TRY_SECONDS = 0.02
 
@@ -152,7 +152,7 @@ class GrantedGate:
     def _wait_for_remap(self) -> None:
         """The worker may be remapping; one that has mapped nothing never does."""
         control = self._control
-        _wait(lambda: control[Word.LET_GO] in (0, control[Word.GENERATION]), _REMAP_LIMIT_SECONDS)
+        _wait(lambda: control[Word.LET_GO] in (0, control[Word.GENERATION]), REMAP_LIMIT_SECONDS)
 
 
 def open_granted(control: ControlPage, sock: socket.socket) -> GrantedGate:
@@ -479,7 +479,7 @@ def try_barrier() -> bool:
 
 
 def _options(lease: float) -> GateOptions:
-    return GateOptions(lease_s=lease, watch_s=LEASE_SECONDS / 4, remap_limit_s=_REMAP_LIMIT_SECONDS)
+    return GateOptions(lease_s=lease, watch_s=LEASE_SECONDS / 4, remap_limit_s=REMAP_LIMIT_SECONDS)
 
 
 @contextmanager

@@ -8,12 +8,13 @@ either a grant of its channels comes back or the reason why there is none. Not y
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 from collections.abc import Callable
 
 from engine.colocate.control import ControlPage
-from engine.colocate.cuda_gate import AgentGate, GrantedGate, StreamGate, open_granted
+from engine.colocate.cuda_gate import REMAP_LIMIT_SECONDS, AgentGate, GrantedGate, StreamGate, open_granted
 from engine.colocate.cuda_slabs import OnlineWindow
 from engine.colocate.gate import Gate, LayerGate, NoGate, rungs
 from engine.errors import InvalidConfig
@@ -64,6 +65,10 @@ class CudaSharing:
         if way == "granted" and self._granted is not None:
             return self._granted
         return AgentGate(self._control)
+
+    def patience(self, way: str) -> float:
+        """Mapping may turn out to need the channels that are off; then the worker's watchdog ends the freeze after so long."""
+        return REMAP_LIMIT_SECONDS if way in ("granted", "channel") else math.inf
 
     # -- a worker's life, in the supervisor's thread
 

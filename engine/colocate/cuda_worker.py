@@ -28,6 +28,8 @@ from engine.memory.window import Window
 class CudaSide:
     """`colocate.worker.WorkerDevice` on the current CUDA device. `sock` is the other end of `CudaSharing`'s."""
 
+    loads_in_turn = True  # no rung stops a process that has no agent yet
+
     def __init__(self, control: ControlPage, sock: socket.socket) -> None:
         self._control = control
         self._sock = sock

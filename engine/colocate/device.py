@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -31,6 +32,10 @@ class SharedDevice(Protocol):
 
     def gate(self, way: str, pid: int | None) -> Gate:
         """The gate by that name, for the worker as it is now: one that cannot do it yet gets what it can do."""
+        ...
+
+    def patience(self, way: str) -> float:
+        """Seconds a reclaim under that gate may take; one that took longer had to wait until the gate opened."""
         ...
 
     def worker_fd(self) -> int:
@@ -71,6 +76,9 @@ class HostSharing:
         if way == "process" and pid is not None:
             return ProcessGate(self._control, pid)
         return LayerGate(self._control) if way == "layer" else NoGate()
+
+    def patience(self, way: str) -> float:
+        return math.inf
 
     def worker_fd(self) -> int:
         return self._victim.fileno()

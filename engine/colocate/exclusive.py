@@ -114,6 +114,7 @@ class ExclusiveSharing:
         self._gate: Gate = NoGate()
         self._gate_name = config.gate
         self._way = "none"  # of `SharedDevice.gate`, as soon as it is known
+        self._unfit: set[str] = set()  # ways that stop the worker but keep its memory
         self._pid: int | None = None
         self._probe: ProbeResult | None = None
         fixed = None if config.cooldown_ms is None else config.cooldown_ms / 1e3
@@ -142,9 +143,11 @@ class ExclusiveSharing:
         return False
 
     def _choose_gate(self) -> bool:
-        """False if the worker died meanwhile, which says nothing about the gate."""
+        """False if the worker died meanwhile: of a reclaim that its gate does not allow, or of something else."""
         pid = self._pid
         for way in (way for rung in self._rungs for way in self._device.ways(rung)):
+            if way in self._unfit:
+                continue
             with self._lock:
                 self._way = way
                 self._set_gate()
@@ -156,14 +159,42 @@ class ExclusiveSharing:
             if self._pid != pid:
                 return False
             logger.info("%s", self._probe)
-            if self._probe.works:
+            if self._probe.works and self._memory_moves(way):
                 break
+            if self._pid != pid:
+                return False
         else:
             raise InvalidConfig(f"the gate {self._gate_name!r} does not stop the offline worker here; try --gate auto")
         self._gate_name = self._gate.name
         if self._probe is not None:
             self._arbiter.cool_down.set_cost(cost_of(self._probe))
         return True
+
+    def _memory_moves(self, way: str) -> bool:
+        """Whether a reclaim under this gate works, before anybody has work. A worker that keeps its memory is ended by it."""
+        done, pid, seconds = threading.Event(), self._pid, 0.0
+
+        def reclaim() -> None:
+            nonlocal seconds
+            try:
+                seconds = -self._clock.now()
+                self._lender.rehearse()
+                seconds += self._clock.now()
+            finally:
+                done.set()
+
+        with self._lock:
+            self._gate.freeze()
+        self._gate.wait_stopped(_STOP_PATIENCE)
+        self._run_in_engine(reclaim)
+        done.wait()
+        with self._lock:
+            self._gate.thaw()
+        moves = self._pid == pid and seconds < self._device.patience(way)
+        if not moves:
+            logger.warning("gate %s (%s): the worker does not let go of memory while frozen by it", self._gate.name, way)
+            self._unfit.add(way)
+        return moves
 
     def _set_gate(self) -> None:
         """The chosen gate, for the worker there is now. Under the lock."""

@@ -84,6 +84,12 @@ class SlabLender:
         self.on_reclaim(num_pages, len(taken))
         self._last_change = self._clock.now()
 
+    def rehearse(self) -> None:
+        """Take a slab and give it back, while nobody has work: what a reclaim does, to be seen to work before one is needed."""
+        if self.reserve.fixed_share is None and (theirs := self._slabs.owned(Tenant.OFFLINE)):
+            self._take(theirs[:1])
+            self._give(theirs[:1])
+
     def settle(self) -> None:
         """After a quiet period, want a little less and give back what is beyond that."""
         if self.reserve.fixed_share is not None or self._clock.now() - self._last_change < _QUIET_SECONDS:

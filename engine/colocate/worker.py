@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -147,6 +148,8 @@ class Reporter:
 class WorkerDevice(Protocol):
     """What a worker does differently on each device. `HostSide` is the CPU's, `cuda_worker.CudaSide` the GPU's."""
 
+    loads_in_turn: bool  # whether loading, too, waits until the gate is open
+
     def make_window(self, num_slabs: int, slab_bytes: int) -> Window:
         """The memory that main made."""
         ...
@@ -173,6 +176,8 @@ class WorkerDevice(Protocol):
 
 class HostSide:
     """`WorkerDevice` for a CPU: the processor is the device."""
+
+    loads_in_turn = False  # its niceness and the system's gates do for that
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -225,7 +230,8 @@ class Worker:
             return 2
         except Exception as error:  # memory, most likely, of which there may be more another time
             logger.exception("the model could not be loaded")
-            ipc.send(self._sock, ipc.Failed(f"{type(error).__name__}: {error}", fatal=False))
+            advice = "; lower --kv-cache-memory or --max-num-batched-tokens" if _is_lack_of_memory(error) else ""
+            ipc.send(self._sock, ipc.Failed(f"{type(error).__name__}: {error}{advice}", fatal=False))
             return 1
         gc.collect()
         gc.freeze()
@@ -234,8 +240,9 @@ class Worker:
         return 0
 
     def _start(self, start: ipc.Start) -> EngineLoop:
-        self._stand()  # loading is work too
         self._device = device = worker_device(start.config.device, self._control, self._memory_fd)
+        if device.loads_in_turn:
+            self._stand()
         built = load_model(
             start.config, memory=start.memory, make_window=device.make_window, before_layer=device.before_layer, progress=False
         )
@@ -262,8 +269,10 @@ class Worker:
 
         core.sync = sync
         core.interrupted = interrupted
-        loop.call(watch.sync)
-        loop.call(reporter.write)
+        mapped = threading.Event()
+        for first in (watch.sync, reporter.write, mapped.set):
+            loop.call(first)
+        mapped.wait()
         return loop
 
     def _boundary(self) -> None:
@@ -303,6 +312,12 @@ class Worker:
         logger.error("the offline engine stopped: %s", error)
         ipc.send(self._sock, ipc.Failed(str(error), fatal=False))
         os._exit(3)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    from torch import OutOfMemoryError
+
+    return isinstance(error, MemoryError | OutOfMemoryError)
 
 
 def main() -> int:

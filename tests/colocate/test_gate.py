@@ -154,6 +154,7 @@ def test_a_frozen_worker_can_be_killed(children: Children, control: ControlPage)
 
 def test_a_gate_gives_its_descriptor_back(children: Children, control: ControlPage) -> None:
     child = children.worker()
+    gc.collect()  # of what other tests left
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         ProcessGate(control, child.pid).thaw()

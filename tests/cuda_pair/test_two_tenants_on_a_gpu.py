@@ -125,6 +125,19 @@ def test_a_rung_that_does_not_stop_it_is_refused_by_name(models: Models, gpu: ho
         open_engine(models, gate="channel")
 
 
+def test_a_rung_under_which_memory_does_not_move_is_passed_over(
+    models: Models, gpu: host_gpu.Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Experiment E5 answered with no: mapping waits for the frozen channels. Seen before a request needs memory."""
+    monkeypatch.setenv("SLUICE_TEST_STUCK", "1")
+    with open_engine(models) as engine:
+        assert sharing(engine).gate == "stream"
+        assert "does not let go of memory while frozen" in caplog.text
+        restarts = sharing(engine).worker_restarts
+        ask_both(engine, models)
+        assert sharing(engine).reclaims and sharing(engine).worker_restarts == restarts
+
+
 # -- deaths
 
 
