@@ -28,8 +28,8 @@ _MAX_REASON = 400
 _CACHED = 128  # compiled grammars kept
 # White space between the tokens of JSON: enough to indent by, not enough for a model to go on for ever.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-# llguidance counts work instead of time: about 20 ms for compiling, 15 ms for a mask, 100 MB for states.
-_MAX_STATES, _MAX_SYMBOLS, _STEP_FUEL, _STEP_ITEMS = 50_000, 200_000, 200_000, 50_000
+# llguidance counts work instead of time: about 20 ms for compiling, 15 ms for a mask, 50 MB for states.
+_MAX_STATES, _MAX_SYMBOLS, _STEP_FUEL, _STEP_ITEMS = 25_000, 200_000, 200_000, 50_000
 
 
 class Grammars:
@@ -67,8 +67,8 @@ class Grammars:
                 self._forget(grammar)
                 raise Overloaded("too many grammars are being compiled; try again later") from None
             raise InvalidRequest(f"grammar: it takes more than {COMPILE_SECONDS:g} s to compile", param="grammar") from None
-        except InvalidRequest as error:
-            raise InvalidRequest(f"grammar: {error}", param="grammar") from None
+        except BaseException as error:  # a panic in the library is no Exception
+            raise InvalidRequest(f"grammar: {_reason(str(error))}", param="grammar") from None
 
     def open(self, grammar: Grammar) -> GrammarGuide:
         """A guide for one output. Returns at once; the guide is ready when the grammar is compiled."""
@@ -160,7 +160,7 @@ class GrammarGuide:
         assert self._mask is not None, "prepared before"
         try:
             return self._mask.result()
-        except Exception as error:
+        except BaseException as error:  # a panic in the library is no Exception
             raise RequestFailed(f"the grammar cannot be followed any further: {_reason(str(error))}") from error
 
     def _work(self, tokens: Sequence[int], num_prompt: int, length: int) -> bytes:

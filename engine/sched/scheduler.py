@@ -287,7 +287,7 @@ class Scheduler:
                 sample,
                 params,
                 uniform(request.seed, num_output) if sample and params.temperature else 0.0,
-                self._suppressed(request, num_output),
+                self._suppressed(request, num_output) if num_output < params.min_tokens or guide or params.bad_tokens else (),
                 guide,
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,17 @@ async def test_stop_string_is_told(engine: Engine) -> None:
     choice = body["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
     assert choice["text"] == text[: text.index(stop)]
+
+
+async def test_a_format_in_a_line_of_a_job(engine: Engine) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    body = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 300, "seed": 1}
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    made = await answer(engine, CHAT, body | wanted, tenant=Tenant.OFFLINE)
+    assert made.status == 200
+    assert json.loads(made.body["choices"][0]["message"]["content"])["a"] in (True, False)
+    wrong = await answer(engine, CHAT, body | {"structured_outputs": {"regex": "("}}, tenant=Tenant.OFFLINE)
+    assert (wrong.status, wrong.body["error"]["param"]) == (400, "structured_outputs.regex")
 
 
 async def test_flex_runs_offline(engine: Engine) -> None:
