@@ -61,14 +61,14 @@ class Grammars:
         """
         future = self._compile(grammar)
         try:
-            future.result(COMPILE_SECONDS)
+            error = future.exception(COMPILE_SECONDS)
         except TimeoutError:
             if future.cancel():
                 self._forget(grammar)
                 raise Overloaded("too many grammars are being compiled; try again later") from None
             raise InvalidRequest(f"grammar: it takes more than {COMPILE_SECONDS:g} s to compile", param="grammar") from None
-        except BaseException as error:  # a panic in the library is no Exception
-            raise InvalidRequest(f"grammar: {_reason(str(error))}", param="grammar") from None
+        if error is not None:
+            raise InvalidRequest(f"grammar: {_reason(str(error))}", param="grammar")
 
     def open(self, grammar: Grammar) -> GrammarGuide:
         """A guide for one output. Returns at once; the guide is ready when the grammar is compiled."""
@@ -158,10 +158,10 @@ class GrammarGuide:
 
     def allowed(self) -> bytes:
         assert self._mask is not None, "prepared before"
-        try:
-            return self._mask.result()
-        except BaseException as error:  # a panic in the library is no Exception
+        error = self._mask.exception()  # a panic of the library's among them, which is no Exception
+        if error is not None:
             raise RequestFailed(f"the grammar cannot be followed any further: {_reason(str(error))}") from error
+        return self._mask.result()
 
     def _work(self, tokens: Sequence[int], num_prompt: int, length: int) -> bytes:
         if self._matcher is None:

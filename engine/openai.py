@@ -180,7 +180,7 @@ async def answer(
 
 async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -> Job:
     """Hand `call` to the engine: all of its prompts or none. Long prompts and grammars are dealt with in other threads."""
-    constrained = call.params.grammar is not None or (call.offer is not None and call.offer.must)
+    constrained = call.params.grammar is not None or (call.offer is not None and call.offer.constrains)
     threads = _constraining if constrained else _tokenizing
     if call.chars <= LARGE_PROMPT and threads is _tokenizing:
         return _submit(engine, call, request_id)
@@ -241,10 +241,10 @@ def _tool_format(engine: Engine, words: Tokenizer) -> ToolFormat:
 
 
 def _with_calls(call: Call, tools: ToolFormat) -> Call:
-    """The call with a grammar, if it must be answered by calls, or by calls or JSON that fits a schema."""
+    """The call with a grammar, if it must be answered by calls, by calls or JSON that fits a schema, or calls must be right."""
     offer, grammar = call.offer, call.params.grammar
     assert offer is not None
-    if offer.must:
+    if offer.must or (offer.constrains and grammar is None):
         text, param = tools.grammar(offer), "tools"
     elif call.constraint is not None and grammar is not None and grammar.kind == "json_schema":
         text, param = tools.grammar(offer, msgspec.json.decode(grammar.text)), call.constraint.param

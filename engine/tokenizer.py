@@ -22,6 +22,7 @@ from engine.errors import ContextTooLong, InvalidCheckpoint, InvalidRequest
 if TYPE_CHECKING:
     import tokenizers
 
+_SHOWN = ("<tool_call>", "</tool_call>")  # text of an answer even where a vocabulary declares them as control tokens
 CHARS_PER_TOKEN = 16  # ordinary text has 3 to 5; a text with more than this for every free token is refused unread
 
 
@@ -150,9 +151,9 @@ class Tokenizer:
 class Detokenizer:
     """One output's text, token by token, in constant time a token. Not for two threads at once.
 
-    Pushes and the flush together give `decode` of all pushed ids, also where the prompt ended inside a character. The
-    exception is a SentencePiece vocabulary: an answer that continues a prompt keeps the space before its first word,
-    which `decode` takes for the start of a text.
+    Pushes and the flush together give `decode` of all pushed ids, also where the prompt ended inside a character, with two
+    exceptions: the tags of tool calls are always shown, and with a SentencePiece vocabulary an answer that continues a prompt
+    keeps the space before its first word, which `decode` takes for the start of a text.
     """
 
     def __init__(self, vocab: _Vocabulary, *, continues: bool, skip_special: bool) -> None:
@@ -186,7 +187,8 @@ class _Vocabulary:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._cache: dict[int, bytes] = {}  # at most the vocabulary; two threads may compute the same entry
-        self.special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder().items()
+        self.special = frozenset(i for i, token in added if token.special and token.content not in _SHOWN)
         decoder = backend.decoder
         self.strips_start = False
         if decoder is not None and decoder.decode(["a", "Ġb"]) == "a b":

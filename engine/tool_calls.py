@@ -13,9 +13,10 @@ beside a call is neither.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from engine.tools import Offer, Tool
@@ -250,6 +251,8 @@ class _Tagged(_Calls):
 
 
 class HermesReader(_Tagged):
+    """A JSON object between the tags. What is none, or has no name, is content with its tags."""
+
     def __init__(self) -> None:
         super().__init__()
         self._object: _CallObject | None = _CallObject()
@@ -347,7 +350,6 @@ class Qwen3CoderReader(_Tagged):
         self._name: str | None = None
         self._num_arguments = 0
         self._searched = 0  # of `_rest`, without finding the end of a value
-        self._raw = ""  # of a call without a name yet
 
     def _opening(self) -> int:
         places = [at for mark in (OPEN, "<function=") if (at := self._rest.find(mark)) >= 0]
@@ -444,7 +446,7 @@ def overlap(text: str, mark: str) -> int:
 
 
 def _hermes(tool: Tool, number: int) -> tuple[str, list[str]]:
-    head = _literal(f'{OPEN}\n{{"name": {json.dumps(tool.name)}, "arguments": ')
+    head = _literal(f'\n{{"name": {json.dumps(tool.name)}, "arguments": ')
     return f"{head} args_{number} {_literal('}' + chr(10) + CLOSE)}", [_json_rule(f"args_{number}", tool.parameters)]
 
 
@@ -457,7 +459,7 @@ def _qwen3_coder(tool: Tool, number: int) -> tuple[str, list[str]]:
     properties = tool.parameters.get("properties") or {}
     needed = tool.parameters.get("required") or ()
     definitions = {name: tool.parameters[name] for name in ("$defs", "definitions") if name in tool.parameters}
-    words, rules = [_literal(f"{OPEN}\n<function={tool.name}>\n")], []
+    words, rules = [_literal(f"\n<function={tool.name}>\n")], []
     for place, (key, schema) in enumerate(properties.items()):
         name = f"value_{number}_{place}"
         schema = schema if isinstance(schema, dict) else {}
@@ -472,6 +474,10 @@ def _qwen3_coder(tool: Tool, number: int) -> tuple[str, list[str]]:
             rules.append(f"{name}: {name}_json {_literal(chr(10) + '</parameter>' + chr(10))}")
             rules.append(_json_rule(f"{name}_json", schema | definitions))
         words.append(one if key in needed else f"({one})?")
+    if "properties" not in tool.parameters and tool.parameters.get("additionalProperties") is not False:
+        words.append(f"any_{number}*")
+        rules.append(f'any_{number}: "<parameter=" /[^<>\\s]{{1,64}}/ {_literal(">" + chr(10))} text_{number}')
+        rules.append(f"text_{number}[suffix={_literal(chr(10) + '</parameter>' + chr(10))}]: /(?s:.*)/")
     words.append(_literal(f"</function>\n{CLOSE}"))
     return " ".join(words), rules
 
@@ -491,29 +497,46 @@ class ToolFormat:
 
     name: str
     reader: Callable[[Offer], Reader]
-    call: Callable[[Tool, int], tuple[str, list[str]]]  # tool number i -> how a call of it is spelled, and rules for that
+    opening: str  # a call, and nothing else begins so; empty where calls are told from an answer by its first letter
+    call: Callable[[Tool, int], tuple[str, list[str]]]  # tool number i -> what follows the opening, and rules for that
     between: str  # two calls
 
     def grammar(self, offer: Offer, answer: Mapping[str, Any] | None = None) -> str:
-        """Lark: calls as the offer wants them, or else JSON that fits `answer` if that is given."""
-        spelled = [self.call(tool, number) for number, tool in enumerate(offer.callable)]
-        more = f" ({_literal(self.between)} call)*" if offer.parallel else ""
-        lines = [f"start: calls{' | answer' if answer is not None else ''}", f"calls: call{more}"]
-        lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(spelled))))
-        for number, (words, rules) in enumerate(spelled):
+        """Lark: calls as the offer wants them; or else JSON that fits `answer` if that is given; or, where nothing must be
+        called, any text in which the calls of strict tools are right."""
+        free = not offer.must and answer is None
+        lines = self._free(offer) if free else [f"start: calls{' | answer' if answer is not None else ''}"]
+        if not (free and self.opening):
+            more = f" ({_literal(self.between)} call)*" if offer.parallel else ""
+            opening = f"{_literal(self.opening)} " if self.opening else ""
+            lines += [f"calls: call{more}", f"call: {opening}body"]
+        tools = [replace(tool, parameters={"type": "object"}) if free and not tool.strict else tool for tool in offer.callable]
+        lines.append("body: " + " | ".join(f"call_{number}" for number in range(len(tools))))
+        for number, tool in enumerate(tools):
+            words, rules = self.call(tool, number)
             lines += [f"call_{number}: {words}", *rules]
         if answer is not None:
             lines.append(_json_rule("answer", answer))
         return "\n".join(lines)
 
+    def _free(self, offer: Offer) -> list[str]:
+        if not self.opening:
+            return ["start: calls | PLAIN", r"PLAIN: /(?s:\s*([^{\s].*)?)/"]
+        opening = re.escape(self.opening)
+        return [
+            f"start: (lead body){'*' if offer.parallel else '?'} REST",
+            f"lead[suffix={_literal(self.opening)}]: /(?s:.*)/",
+            f"REST: /(?s:.*)/ & ~/(?s:.*{opening}.*)/",
+        ]
+
 
 FORMATS = {
-    "hermes": ToolFormat("hermes", lambda offer: HermesReader(), _hermes, "\n"),
+    "hermes": ToolFormat("hermes", lambda offer: HermesReader(), OPEN, _hermes, "\n"),
     "llama3_json": ToolFormat(
-        "llama3_json", lambda offer: Llama3Reader(frozenset(tool.name for tool in offer.tools)), _llama3, "; "
+        "llama3_json", lambda offer: Llama3Reader(frozenset(tool.name for tool in offer.tools)), "", _llama3, "; "
     ),
     "qwen3_coder": ToolFormat(
-        "qwen3_coder", lambda offer: Qwen3CoderReader({tool.name: tool for tool in offer.tools}), _qwen3_coder, "\n"
+        "qwen3_coder", lambda offer: Qwen3CoderReader({tool.name: tool for tool in offer.tools}), OPEN, _qwen3_coder, "\n"
     ),
 }
 

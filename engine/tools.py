@@ -22,6 +22,7 @@ class Tool:
     name: str
     parameters: Mapping[str, Any]  # JSON schema of its arguments
     body: Mapping[str, Any]
+    strict: bool = False  # its arguments must fit, whoever decides to call it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,11 @@ class Offer:
     callable: tuple[Tool, ...]
     must: bool = False
     parallel: bool = True
+
+    @property
+    def constrains(self) -> bool:
+        """Whether the answer needs a grammar."""
+        return self.must or any(tool.strict for tool in self.tools)
 
 
 def read_offer(tools: list[dict[str, Any]] | None, choice: Any, parallel: bool | None) -> Offer | None:
@@ -76,11 +82,14 @@ def _tool(body: Mapping[str, Any], where: str) -> Tool:
         raise InvalidRequest(f"{where}.function.name must match {_NAME.pattern}", param=f"{where}.function.name")
     if (description := function.get("description")) is not None:
         clean_text(convert(description, str, f"{where}.function.description"), f"{where}.function.description")
-    parameters = function.get("parameters") or {"type": "object"}
+    parameters = function.get("parameters")
+    if parameters is None:
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, dict):
         raise InvalidRequest(f"{where}.function.parameters must be a JSON schema", param=f"{where}.function.parameters")
     schema_grammar(parameters, f"{where}.function.parameters")  # bounds its size and depth
-    return Tool(name, parameters, body)
+    strict = convert(function.get("strict"), bool | None, f"{where}.function.strict")  # type: ignore[arg-type]
+    return Tool(name, parameters, body, bool(strict))
 
 
 def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:

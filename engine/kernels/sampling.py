@@ -233,13 +233,17 @@ def survivors(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tenso
 def nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
     """Places, ascending, of the fewest largest weights whose sum reaches top_p of the total; the lower of equals first.
 
-    Weights are >= 0, so their bits are in their order: the highest bits put them into classes, and only the class in which the
-    sum is reached is sorted, however flat the distribution.
+    Weights that could all be missing without the rest falling short are dropped at once. Weights are >= 0, so their bits are in
+    their order: the highest bits put the rest into classes, and only the class in which the sum is reached is sorted, however
+    flat the distribution.
     """
+    wanted = top_p * float(weights.sum(dtype=torch.float64))
+    spare = (1.0 - top_p) / 2 * float(weights.max())  # at most half of what may be missing
+    places = (weights >= spare / weights.shape[0]).nonzero().squeeze(-1)
+    weights = weights[places]
     classes = (weights.view(torch.int32) >> (23 - _OCTAVE_BITS)).long()
     depths = classes.max() - classes
     sums = torch.bincount(depths, weights=weights.double()).cumsum(0)
-    wanted = top_p * float(sums[-1])
     depth = int(torch.searchsorted(sums, wanted))
     members = (depths == depth).nonzero().squeeze(-1)
     largest = weights[members].sort(descending=True, stable=True)
@@ -247,7 +251,7 @@ def nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
     count = 1 + int((running[:-1] < wanted).sum())
     kept = depths < depth
     kept[members[largest.indices[:count]]] = True
-    return kept.nonzero().squeeze(-1)
+    return places[kept]
 
 
 def draw(scaled: torch.Tensor, uniform: float) -> int:

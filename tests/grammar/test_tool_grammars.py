@@ -117,3 +117,53 @@ def test_calls_or_an_answer(grammars, name):
         if not found.parts:
             assert json.loads(found.content) == {"answer": 42}
     assert kinds == {True, False}
+
+
+STRICT = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+SPOKEN = {
+    "hermes": ('Well. <tool_call>\n{"name": "weather", "arguments": {"where": {"x": 5}}}\n</tool_call> So.', '{"wh', '{"xy'),
+    "llama3_json": ('{"name": "weather", "parameters": {"where": {"x": 5}}}', '{"wh', '{"xy'),
+    "qwen3_coder": (
+        'Well. <tool_call>\n<function=weather>\n<parameter=where>\n{"x": 5}\n</parameter>\n</function>\n</tool_call>',
+        "=where",
+        "=there",
+    ),
+}
+
+
+def accepts(grammars: Grammars, text: str, grammar: str) -> bool:
+    guide, tokens = grammars.open(Grammar("lark", grammar)), [0]
+    grammars.check(Grammar("lark", grammar))
+    for token in [*text.encode(), EOS]:
+        guide.prepare(tokens, 1)
+        if not guide.allowed()[token >> 3] >> (token & 7) & 1:
+            return False
+        tokens.append(token)
+    return True
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_calls_of_strict_tools_are_right_and_other_text_is_free(grammars, name):
+    offer = read_offer(STRICT, "auto", None)
+    assert offer.constrains and not read_offer(TOOLS, "auto", None).constrains
+    grammar = FORMATS[name].grammar(offer)
+    said, right, wrong = SPOKEN[name]
+    for text in ("", "Hi", "a < b, <tool> {x}", said):
+        assert accepts(grammars, text, grammar), text
+    assert not accepts(grammars, said.replace(right, wrong), grammar)
+    found = FORMATS[name].reader(offer).push(said, last=True)
+    assert [json.loads(call["function"]["arguments"]) for call in whole_calls(found.parts)] == [{"where": {"x": 5}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("hermes", '<tool_call>\n{"name": "NAME", "arguments": {"any": "1"}}\n</tool_call>'),
+        ("llama3_json", '{"name": "NAME", "parameters": {"any": "1"}}'),
+        ("qwen3_coder", "<tool_call>\n<function=NAME>\n<parameter=any>\n1\n</parameter>\n</function>\n</tool_call>"),
+    ],
+)
+def test_tools_that_are_not_strict_may_have_any_arguments_beside_strict_ones(grammars, name, call):
+    grammar = FORMATS[name].grammar(read_offer([STRICT[1], TOOLS[0]], "auto", None))
+    assert accepts(grammars, call.replace("NAME", "weather"), grammar)
+    assert not accepts(grammars, call.replace("NAME", "stop"), grammar)

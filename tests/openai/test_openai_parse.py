@@ -391,6 +391,7 @@ json_values = st.recursive(
 FIELDS = [row[0] for row in PARAMETERS]
 FIELDS += ["messages", "prompt", "model", "stream", "stream_options", "service_tier", "logprobs", "top_logprobs", "tools"]
 FIELDS += ["max_completion_tokens", "chat_template_kwargs", "echo", "best_of", "priority", "cache_salt", "response_format"]
+FIELDS += ["structured_outputs", "guided_json", "guided_choice", "tool_choice", "bad_words", "allowed_token_ids"]
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6), st.sampled_from([CHAT, COMPLETIONS]), st.booleans())

@@ -376,6 +376,15 @@ NAMES = [
     "messages",
     "model",
     "tools",
+    "tool_choice",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "bad_words",
+    "allowed_token_ids",
     "chat_template_kwargs",
 ]
 

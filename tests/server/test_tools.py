@@ -128,6 +128,17 @@ async def test_a_call_and_its_answer(tool_engine: Engine) -> None:
         assert '"clock"' in prompt
 
 
+async def test_the_model_decides_whether_to_call_a_strict_tool(tool_engine: Engine) -> None:
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    async with serving(tool_engine) as server, client_of(server) as client:
+        reply = await client.chat.completions.create(**ASK | {"max_tokens": 20}, tools=[strict])
+        (choice,) = reply.choices
+        assert choice.message.content or choice.message.tool_calls
+        # Its schema is not looked at where nothing depends on it.
+        loose = {"type": "function", "function": {"name": "f", "parameters": {"if": {}}}}
+        assert (await client.chat.completions.create(**ASK | {"max_tokens": 2}, tools=[loose])).choices
+
+
 async def test_no_tools_are_shown_where_none_may_be_called(tool_engine: Engine) -> None:
     async with serving(tool_engine) as server, client_of(server) as client:
         extra = {"return_token_ids": True, **forced(SAYS_SO)["extra_body"]}
@@ -185,6 +196,7 @@ async def test_formats_of_text_completions(tool_engine: Engine) -> None:
             "tools",
             "if",
         ),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"if": {}}, "strict": True}}]}, "tools", "if"),
     ],
 )
 async def test_what_cannot_be_compiled(tool_engine: Engine, extra: dict[str, Any], param: str, words: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_cases import CHATML, SPECIAL, byte_level, sentencepiece, write_folder
+from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, processors
 from transformers import AutoTokenizer
 
 from engine.errors import ContextTooLong, InvalidCheckpoint, InvalidRequest
@@ -93,6 +93,16 @@ def test_special_tokens_are_skipped_or_shown() -> None:
     ids = BYTE_LEVEL.encode("the</s>cat<think>")
     assert "".join(streamed(BYTE_LEVEL, ids)) == "thecat<think>"
     assert "".join(streamed(BYTE_LEVEL, ids, skip_special=False)) == "the</s>cat<think>"
+
+
+def test_tags_of_tool_calls_are_always_shown() -> None:
+    backend = byte_level()
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in ("<tool_call>", "</tool_call>")])
+    tokenizer = Tokenizer(backend)
+    detokenizer = tokenizer.detokenizer()
+    ids = tokenizer.encode("<tool_call>{}</tool_call><|im_end|>", add_special=False)
+    assert "".join(map(detokenizer.push, ids)) == "<tool_call>{}</tool_call>"
+    assert tokenizer.special_ids.isdisjoint(ids[:-1])
 
 
 def test_one_token_as_text_and_bytes() -> None:
