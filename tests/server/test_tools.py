@@ -131,7 +131,7 @@ async def test_a_call_and_its_answer(tool_engine: Engine) -> None:
 async def test_the_model_decides_whether_to_call_a_strict_tool(tool_engine: Engine) -> None:
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     async with serving(tool_engine) as server, client_of(server) as client:
-        reply = await client.chat.completions.create(**ASK | {"max_tokens": 20}, tools=[strict])
+        reply = await client.chat.completions.create(**ASK | {"max_tokens": 20}, tools=[strict], extra_body={"min_tokens": 5})
         (choice,) = reply.choices
         assert choice.message.content or choice.message.tool_calls
         # Its schema is not looked at where nothing depends on it.
