@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -121,13 +122,13 @@ def load_model(
     *,
     memory: Memory | None = None,
     make_window: MakeWindow | None = None,
-    before_layer: Callable[[], None] | None = None,
+    launching: Callable[[], AbstractContextManager[None]] | None = None,
     progress: bool = True,
 ) -> BuiltModel:
     """Read the checkpoint, pack its weights for the device and reserve its KV window.
 
-    `memory` is given where two models share it; `make_window` where the window's memory is another process's; `before_layer` is
-    called in the thread that launches, before it does so.
+    `memory` is given where two models share it; `make_window` where the window's memory is another process's; `launching` is
+    entered, in the thread that launches, for each layer.
     """
     import torch
 
@@ -136,7 +137,7 @@ def load_model(
     # than cores and send them all to sleep between two operations, which makes a small step half as long again.
     torch.set_num_threads(1)
     try:
-        return _load_model(config, memory, make_window, before_layer, progress)
+        return _load_model(config, memory, make_window, launching, progress)
     finally:
         torch.set_num_threads(threads)
 
@@ -145,7 +146,7 @@ def _load_model(
     config: EngineConfig,
     memory: Memory | None,
     make_window: MakeWindow | None,
-    before_layer: Callable[[], None] | None,
+    launching: Callable[[], AbstractContextManager[None]] | None,
     progress: bool,
 ) -> BuiltModel:
     import torch
@@ -183,8 +184,8 @@ def _load_model(
         AttentionShape(spec.num_heads, config.max_num_batched_tokens, config.max_num_seqs, spec.windows),
     )
     model = Model(spec, weights, backend.ops, attention, dtype, device=backend.device, max_len=longest)
-    if before_layer is not None:
-        model.before_layer = before_layer
+    if launching is not None:
+        model.launching = launching
     backend.trim()
     logger.info(
         "%s on %s in %s: KV memory %.2f GiB, %d tokens",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class Model:
         `max_len` bounds the positions that will be asked for (default: all that the spec allows); rotations are tabulated
         up to it, 4 * D bytes a position.
         """
-        self.before_layer: Callable[[], None] = lambda: None  # queues on the device, between two layers, in graphs too
+        self.launching: Callable[[], AbstractContextManager[None]] = nullcontext  # entered to launch a layer
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
@@ -94,8 +95,13 @@ class Model:
 
         Writes the KV of the step's tokens into the pages of this layer; `attn_handle` is `Attention.plan`'s.
         """
+        with self.launching():
+            return self._layer(index, hidden, residual, rotation, attn_handle)
+
+    def _layer(
+        self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None, rotation: Rotation, attn_handle: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         layer, ops, eps = self._layers[index], self._ops, self.spec.rms_eps
-        self.before_layer()
         if residual is None:
             residual, hidden = hidden, ops.rms_norm(hidden, layer.input_norm, eps)
         else:

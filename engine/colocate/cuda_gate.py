@@ -54,6 +54,7 @@ _GUARD_LEASE_SECONDS = 2 * LEASE_SECONDS  # a main process that only stalled hea
 REMAP_LIMIT_SECONDS = 0.5  # one that takes longer waits for the channels, which the watchdog then switches on
 _NO_GRANT = b"no channels"
 _TRY_SECONDS = 0.02
+_LAUNCH_SECONDS = 0.1  # a layer takes well under a millisecond to launch
 
 
 # -- the main process
@@ -222,6 +223,8 @@ class Agent:
     """The worker's side of every rung on a GPU: a thread that follows `Word.FROZEN` and lets go of lost slabs.
 
     `channels` is None where there is no channel control. `settle` has the engine's thread drain and let go, between two steps.
+    `launching` is held by whoever launches: to launch a kernel is to ask the driver about its pointers, and Triton refuses one
+    whose address is a hole just then.
     """
 
     def __init__(
@@ -231,10 +234,12 @@ class Agent:
         channels: ChannelGate | None = None,
         slabs: OfflineWindow | None = None,
         settle: Callable[[], None] = lambda: None,
+        launching: threading.Lock | None = None,
     ) -> None:
         self._control = control
         self._barrier = barrier
         self._channels = channels
+        self._launching = launching or threading.Lock()
         self._slabs = slabs
         self._settle = settle
         self._settled: int | None = None  # the generation for which `settle` was called
@@ -309,13 +314,24 @@ class Agent:
             # Within this they cannot come on: our watchdog waits for us, and main takes its word back before it thaws.
             with _survived("remap while frozen"), self._channels.remapping():
                 if self._are_off(self._channels):
-                    slabs.let_go()
+                    with self._no_launch():
+                        slabs.let_go()
                     return
         generation = self._control[Word.GENERATION]
         if self._settled != generation:
             self._settled = generation
             self._settle()
             self._barrier.run_out()
+
+    @contextmanager
+    def _no_launch(self) -> Iterator[None]:
+        """Not for ever: a thread whose launch waits for the channels looks at no pointer."""
+        held = self._launching.acquire(timeout=_LAUNCH_SECONDS)
+        try:
+            yield
+        finally:
+            if held:
+                self._launching.release()
 
     def _are_off(self, channels: ChannelGate) -> bool:
         """Surely off. Main's word counts unless it was silent since: the guard may have switched them on then."""
@@ -364,6 +380,14 @@ class DeviceSide:
         self._barrier = barrier
         self._device = device
         self.slabs: OfflineWindow | None = None
+        self.launch_lock = threading.Lock()
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """A layer, behind the barrier, and not while the agent moves memory."""
+        with self.launch_lock:
+            self.boundary()
+            yield
 
     def boundary(self) -> None:
         """Between two layers, or two captured groups of them."""

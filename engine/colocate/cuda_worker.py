@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from engine.colocate.control import ControlPage
 from engine.colocate.cuda_gate import (
@@ -42,14 +43,16 @@ class CudaSide:
         driver = CudaVmm(self._device.index)
         return CudaWindow(num_slabs, slab_bytes, driver, receive(self._sock, num_slabs, driver))
 
-    def before_layer(self) -> None:
-        self._side.boundary()
+    def launching(self) -> AbstractContextManager[None]:
+        return self._side.launching()
 
     def open(self, window: Window, call: Callable[[Callable[[], None]], None]) -> Window:
         channels = open_channels(self._control)
         slabs = OfflineWindow(window, self._control, self._side.drain)
         self._side.slabs = slabs
-        self._agent = Agent(self._control, self._barrier, channels, slabs, lambda: call(slabs.drain_and_let_go))
+        self._agent = Agent(
+            self._control, self._barrier, channels, slabs, lambda: call(slabs.drain_and_let_go), self._side.launch_lock
+        )
         self._agent.start()
         if channels is None:
             refuse_grant(self._sock)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import msgspec
@@ -154,8 +155,8 @@ class WorkerDevice(Protocol):
         """The memory that main made."""
         ...
 
-    def before_layer(self) -> None:
-        """In the thread that launches, before each layer."""
+    def launching(self) -> AbstractContextManager[None]:
+        """Entered to launch a layer, in the thread that does."""
         ...
 
     def open(self, window: Window, call: Callable[[Callable[[], None]], None]) -> Window:
@@ -185,8 +186,8 @@ class HostSide:
     def make_window(self, num_slabs: int, slab_bytes: int) -> Window:
         return HostWindow(num_slabs, slab_bytes, self._fd)
 
-    def before_layer(self) -> None:
-        pass
+    def launching(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def open(self, window: Window, call: Callable[[Callable[[], None]], None]) -> Window:
         return window
@@ -244,7 +245,7 @@ class Worker:
         if device.loads_in_turn:
             self._stand()
         built = load_model(
-            start.config, memory=start.memory, make_window=device.make_window, before_layer=device.before_layer, progress=False
+            start.config, memory=start.memory, make_window=device.make_window, launching=device.launching, progress=False
         )
         grammars = Grammars(lambda: load_tokenizer(built.path), built.spec.vocab_size, built.spec.eos_ids)
         core = build_core(start.config, built, slabs=(), open_guide=grammars.open)

@@ -11,6 +11,7 @@ from fake_cuda import CHANNELS, FakeStream, Machine, beating, silence
 from fake_vmm import GRAIN, FakeDevice, FakeVmm
 from processes import eventually
 
+from engine.colocate import cuda_gate
 from engine.colocate.control import LEASE_SECONDS, ControlPage, Word
 from engine.colocate.cuda_gate import Agent, AgentGate, DeviceSide, GrantedGate, StreamBarrier
 from engine.colocate.cuda_slabs import OfflineWindow, OnlineWindow
@@ -116,6 +117,24 @@ def test_the_agent_touches_no_mapping_while_the_channels_may_run(machine: Machin
     assert both.settled == 1, "the engine's thread is asked once"
     assert both.slabs.is_behind
     both.slabs.drain_and_let_go()
+    assert not both.slabs.is_behind and not both.window.is_mapped(0)
+
+
+def test_the_agent_moves_no_memory_while_a_layer_is_launched(
+    machine: Machine, control: ControlPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launching thread asks the driver about addresses, whether or not the channels are on."""
+    monkeypatch.setattr(cuda_gate, "_LAUNCH_SECONDS", 30.0)
+    both = Colocated(machine, control, machine.guard(control))
+    control.beat()
+    AgentGate(control).freeze()
+    both.agent.look()
+    both.take(0)
+    with both.agent._launching:
+        looking = threading.Thread(target=both.agent.look)
+        looking.start()
+        assert both.slabs.is_behind and both.window.is_mapped(0)
+    looking.join()
     assert not both.slabs.is_behind and not both.window.is_mapped(0)
 
 
