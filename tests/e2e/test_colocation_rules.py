@@ -47,7 +47,7 @@ class Lending:
         self.window, self.victim = HostWindow(SLABS, SLAB_BYTES), SlowWindow()
         self.kv = KVManager(PagePool(SLABS, 2, ()), 4)
         self.lender = SlabLender(
-            self.slabs, self.kv, self.window, self.victim, self.clock,
+            self.slabs, self.kv, self.window, self.victim.punch, self.clock,
             reserve=Fixed(headroom), victims=fifo, holdings=Holdings, cache_slabs=0,
         )  # fmt: skip
         self.kv.lender = self.lender
