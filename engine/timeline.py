@@ -63,6 +63,17 @@ class Event(msgspec.Struct, frozen=True):
     cost: dict[str, float] = {}
 
 
+class Served(msgspec.Struct, frozen=True, gc=False):
+    """One answered request: when it came, was admitted, had its first token and its last."""
+
+    id: str
+    tenant: Tenant
+    submitted: float
+    admitted: float
+    first: float
+    last: float
+
+
 class Memory(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Shares of the KV memory at one moment, 0 to 1; what is left of it is free."""
 
@@ -92,9 +103,13 @@ class Ring(Generic[T]):
         return [item for item in items[kept - first :] if item is not None], count
 
 
-def span_of(plan: StepPlan, result: StepResult, end: float) -> Span:
-    """A launch that ended at `end`. A row decodes if it computes one token beyond its prompt; all else is prefill."""
-    return Span(end - result.seconds, result.seconds, *tokens_by_part(plan.rows), len(plan.rows), result.checkpoint is not None)
+def span_of(plan: StepPlan, result: StepResult, end: float, since: float) -> Span:
+    """A launch that ended at `end`, of which what came before `since` was the launch before it.
+
+    A row decodes if it computes one token beyond its prompt; all else is prefill.
+    """
+    start = max(end - result.seconds, since)
+    return Span(start, end - start, *tokens_by_part(plan.rows), len(plan.rows), result.checkpoint is not None)
 
 
 def tokens_by_part(rows: Iterable[PlanRow]) -> tuple[int, int, int, int]:
@@ -145,9 +160,11 @@ class Timeline:
         self.steps: Ring[Span] = Ring(spans)  # of the engine's own core
         self.offline_steps: Ring[Span] = Ring(spans)  # of the offline worker, without the time in which it stood still
         self.switches: Ring[Span] = Ring(_EVENTS)
-        self.memory: Ring[Memory] = Ring(_EVENTS)
+        self.memory: Ring[Memory] = Ring(_EVENTS)  # of the server's event loop, as the next one
+        self.served: Ring[Served] = Ring(_EVENTS)
         self.step_seconds = {tenant: StepHistogram(STEP_SECONDS) for tenant in Tenant}  # by who was served; mixed: online
         self.step_tokens = StepHistogram(STEP_TOKENS)
+        self._busy_until = self.began
         self._own = [0.0] * len(PARTS)
         self._worker = [0.0] * len(PARTS)
         self._events: Ring[Event] = Ring(_EVENTS)
@@ -158,7 +175,8 @@ class Timeline:
 
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """A launch of the engine's own core has ended."""
-        span = span_of(plan, result, self.clock.now())
+        span = span_of(plan, result, self.clock.now(), self._busy_until)
+        self._busy_until = span.end
         self.steps.append(span)
         for index, seconds in enumerate(seconds_by_part(span)):
             if seconds:

@@ -13,6 +13,7 @@ from engine.calls import Call
 from engine.errors import EngineDead, Overloaded, RequestFailed
 from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
 from engine.replies import Chunks, Json, cost_body
+from engine.timeline import Served, Timeline
 from engine.types import Delta, FinishReason, Tenant
 from server.admission import Place, Refused, clamp_priority
 from server.http import json_response, read_json
@@ -39,7 +40,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     service = request.app[SERVICE]
     engine = service.engine_for_work()
-    watch = Watch(service.metrics)
+    watch = Watch(service.metrics, engine.timeline)
     # The gate closes here, before the body is read: an offline step must not run while an online prompt is tokenized.
     client = request[CLIENT]
     may_be_online = Tenant.ONLINE in client.tenants and request.headers.get(TIER_HEADER) != "flex"
@@ -153,23 +154,15 @@ async def _pump(events: EventStream, job: Job, index: int, chunks: Chunks, watch
 
 
 @dataclass(slots=True)
-class _Timing:
-    """When a choice's tokens came: the first ones, the last ones, and how many after the first delivery."""
-
-    first: float
-    last: float
-    later_tokens: int = 0
-
-
-@dataclass(slots=True)
 class Watch:
     """What one call tells the metrics. Times count from the arrival of its headers."""
 
     metrics: Metrics
+    timeline: Timeline
     started: float = field(default_factory=time.monotonic)
     job: Job | None = None
     labels: tuple[str, str] = ("", "")
-    choices: dict[tuple[int, int], _Timing] = field(default_factory=dict)
+    told: dict[tuple[int, int], float] = field(default_factory=dict)  # choice -> when it last got tokens
 
     def submitted(self, job: Job) -> None:
         self.job = job
@@ -181,18 +174,15 @@ class Watch:
     def delta(self, choice: tuple[int, int], delta: Delta) -> None:
         """New output of a stream. Tokens that were merged for a slow reader share their time."""
         now, count = time.monotonic(), len(delta.tokens)
-        timing = self.choices.get(choice)
-        if timing is None and count:
-            self._first_token(now - self.started)
-            timing = self.choices[choice] = _Timing(first=now, last=now)
-        elif timing is not None and count:
-            for _ in range(count):
-                self.metrics.itl.labels(*self.labels).observe((now - timing.last) / count)
-            timing.last, timing.later_tokens = now, timing.later_tokens + count
+        if count:
+            if (last := self.told.get(choice)) is None:
+                self._first_token(now - self.started)
+            else:
+                for _ in range(count):
+                    self.metrics.itl.labels(*self.labels).observe((now - last) / count)
+            self.told[choice] = now
         if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.finished(delta.finish_reason)
-            if timing is not None and timing.later_tokens:
-                self._per_token((timing.last - timing.first) / timing.later_tokens)
 
     def finished(self, reason: str) -> None:
         self.metrics.success.labels(*self.labels, str(reason)).inc()
@@ -206,11 +196,13 @@ class Watch:
             self.metrics.given_way.labels(*self.labels).observe(generation.num_preemptions)
             self.metrics.cached_tokens.labels(*self.labels).inc(usage.cached_tokens)
             if times.first is not None and times.last is not None:
-                self._stages(times.submitted, times.submitted + times.queued, times.first, times.last)
-                if not self.job.call.stream:  # nobody saw the tokens come: these are the times at which they were there
+                stages = times.submitted, times.submitted + times.queued, times.first, times.last
+                self._stages(*stages)
+                self.timeline.served.append(Served(generation.request_id, self.job.tenant, *stages))
+                if not self.job.call.stream:  # nobody saw it come: this is when it was there
                     self._first_token(times.first - self.started)
-                    if (later := usage.completion_tokens // self.job.call.params.n - 1) > 0:
-                        self._per_token((times.last - times.first) / later)
+                if (later := usage.completion_tokens // self.job.call.params.n - 1) > 0:
+                    self._per_token((times.last - times.first) / later)
             self.metrics.prompt_tokens.labels(*self.labels).observe(usage.prompt_tokens)
             self.metrics.output_tokens.labels(*self.labels).observe(usage.completion_tokens)
 

@@ -28,7 +28,7 @@ from server.config import ServerConfig
 from server.jobs import Jobs, open_jobs
 from server.listen import address, bind, load_certificates, tls, unbind
 from server.service import Phase, Service
-from server.status import report_status, sample_memory, watch_loop_lag
+from server.status import report_status, sample_memory, watch_jobs, watch_loop_lag
 from server.watchdog import watch_steps
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ class _Process:
             asyncio.create_task(watch_steps(self.service, engine, self.config.stuck_step_timeout)),
             asyncio.create_task(sample_memory(engine)),
         ]
+        if self.service.batches is not None:
+            helpers.append(asyncio.create_task(watch_jobs(self.service.batches, engine)))
         try:
             await asyncio.wait((stop, dead), return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -14,6 +14,7 @@ from server.metrics import Metrics
 if TYPE_CHECKING:
     from engine import Engine
     from engine.engine import Stats
+    from server.jobs import Jobs
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,18 @@ async def sample_memory(engine: Engine) -> None:
     while True:
         engine.timeline.memory.append(Memory(engine.timeline.clock.now(), *engine.kv_shares()))
         await asyncio.sleep(_MEMORY_INTERVAL)
+
+
+async def watch_jobs(jobs: Jobs, engine: Engine) -> None:
+    """Enter what becomes of each job in the timeline."""
+    known = {view.id: view.state for view in jobs.summary()}
+    while True:
+        await asyncio.sleep(_LAG_INTERVAL)
+        for view in jobs.summary():
+            if known.get(view.id) != view.state:
+                cause = f"{view.id}: {view.state.replace('_', ' ')}" + (f" ({view.reason})" if view.reason else "")
+                engine.timeline.event("job", cause, lines_done=view.done, lines_failed=view.failed)
+        known = {view.id: view.state for view in jobs.summary()}
 
 
 async def watch_loop_lag(metrics: Metrics) -> None:

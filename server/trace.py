@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from engine.timeline import PARTS, Span, Timeline
+from engine.timeline import PARTS, Served, Span, Timeline
 
 Json = dict[str, Any]
 
@@ -22,6 +22,7 @@ def chrome_trace(timeline: Timeline, seconds: float) -> Json:
     now = timeline.clock.now()
     since = now - seconds
     events = [_named("process_name", _DEVICE, 0, "device")]
+    events += [_named("process_name", _REQUESTS, 0, "requests")]
     events += [_named("thread_name", _DEVICE, track, name) for name, track in _TRACKS.items()]
     spans: list[Json] = []
     spans += _own(span for span in timeline.steps.since()[0] if span.end >= since)
@@ -37,6 +38,9 @@ def chrome_trace(timeline: Timeline, seconds: float) -> Json:
         if memory.at >= since:
             shares = {"online": memory.online, "offline": memory.offline, "cached": memory.cached}
             events.append({"ph": "C", "name": "KV memory", "pid": _DEVICE, "tid": 0, "ts": _us(memory.at), "args": shares})
+    for number, served in enumerate(timeline.served.since()[0]):
+        if served.last >= since:
+            events += _request(served, number)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"producer": "sluice", "seconds": seconds}}
 
 
@@ -74,6 +78,22 @@ def _complete(track: str, name: str, span: Span) -> Json:
 
 def _frozen(start: float, end: float) -> Json:
     return _complete("gate", "closed", Span(start, end - start))
+
+
+def _request(served: Served, number: int) -> list[Json]:
+    """The stages of a request, nested in it. Requests overlap, so these are asynchronous events with a number of their own."""
+    stages = (
+        (f"{served.tenant} {served.id}", served.submitted, served.last),
+        ("queue", served.submitted, served.admitted),
+        ("prefill", served.admitted, served.first),
+        ("decode", served.first, served.last),
+    )
+    common = {"cat": "request", "id": number, "pid": _REQUESTS, "tid": 0}
+    return [
+        {"ph": phase, "name": name, "ts": _us(at)} | common
+        for name, start, end in stages
+        for phase, at in (("b", start), ("e", max(start, end)))
+    ]
 
 
 def _named(kind: str, pid: int, tid: int, name: str) -> Json:

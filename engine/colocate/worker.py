@@ -100,10 +100,12 @@ class Reporter:
         self._core = core
         self._next = 0.0
         self._spans: list[Span] = []
+        self._busy_until = 0.0
 
     def after_step(self, plan: StepPlan, result: StepResult) -> None:
         now = time.monotonic()  # noqa: TID251 - main reads the same clock
-        self._spans.append(span_of(plan, result, now))
+        self._spans.append(span_of(plan, result, now, self._busy_until))
+        self._busy_until = now
         if now >= self._next:
             self._next = now + _REPORT_SECONDS
             self.write()

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from browser import browsing, find_browser
 from helpers import tiny_checkpoint
+from openai import AsyncOpenAI
 from serving import LONG_CONTEXT, MESSAGES, Server, make_engine, serving
 
 from engine import Engine, SamplingParams
 from engine.types import Tenant
-from server.status import sample_memory
+from server.status import sample_memory, watch_jobs
 
 CHAT = {"messages": MESSAGES, "max_tokens": 12, "ignore_eos": True}
 PAGE = Path(__file__).parents[2] / "server" / "static" / "dashboard.html"
@@ -132,8 +133,9 @@ def check_trace(trace: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """What Perfetto needs of the format. Returns the complete events by name of their track."""
     tracks: dict[tuple[int, int], str] = {}
     spans = defaultdict(list)
+    open_stages: dict[tuple[int, str], list[tuple[str, int]]] = {}
     for event in trace["traceEvents"]:
-        assert event["ph"] in ("X", "M", "C", "i"), event
+        assert event["ph"] in ("X", "M", "C", "i", "b", "e"), event
         assert isinstance(event["ts"], int) and event["ts"] >= 0
         assert isinstance(event["name"], str) and event["name"]
         assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
@@ -142,10 +144,14 @@ def check_trace(trace: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if event["ph"] == "X":
             assert isinstance(event["dur"], int) and event["dur"] >= 0
             spans[tracks[event["pid"], event["tid"]]].append(event)
+        if event["ph"] in "be":
+            open_stages.setdefault((event["id"], event["name"]), []).append((event["ph"], event["ts"]))
         if event["ph"] == "C":
             assert all(0 <= value <= 1 for value in event["args"].values())
         if event["ph"] == "i":
             assert event["s"] in ("g", "p", "t")
+    for (_, begin), (last, end) in open_stages.values():
+        assert (_, last) == ("b", "e") and begin <= end
     for track, events in spans.items():
         starts = [event["ts"] for event in events]
         assert starts == sorted(starts), track
@@ -164,6 +170,7 @@ async def test_the_trace_of_two_models(pair: Engine) -> None:
     assert {"online", "offline model", "gate"} <= spans.keys()
     assert {"online prefill", "online decode"} <= {event["name"] for event in spans["online"]}
     assert {"closing", "closed"} == {event["name"] for event in spans["gate"]}
+    assert {"queue", "prefill", "decode"} <= {event["name"] for event in trace["traceEvents"] if event["ph"] == "b"}
     assert any(event["ph"] == "C" for event in trace["traceEvents"])
     assert any(event["ph"] == "i" and event["name"] == "preemption" for event in trace["traceEvents"])
 
@@ -220,6 +227,26 @@ async def test_the_page_in_a_browser(pair: Engine, tmp_path: Path) -> None:
 
 
 @browser
+async def test_jobs_in_the_page_and_in_the_timeline(engine: Engine, tmp_path: Path) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "hello", "max_tokens": 4}}
+    async with (
+        serving(engine, data_dir=str(tmp_path)) as server,
+        AsyncOpenAI(base_url=server.url + "/v1", api_key="k") as client,
+    ):
+        assert server.service.batches is not None
+        watching = asyncio.create_task(watch_jobs(server.service.batches, engine))
+        file = await client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+        batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        async with browsing(tmp_path) as page:
+            await page.open(server.url + "/dashboard")
+            shown = await page.until("(t => t.includes('completed') && t)(document.getElementById('jobs').textContent)")
+            assert batch.id in shown and "1 of 1" in shown
+            await page.until("marks.some(e => e.kind === 'job' && e.cause.endsWith('completed'))")
+            assert page.problems == []
+        watching.cancel()
+
+
+@browser
 async def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(engine: Engine, tmp_path: Path) -> None:
     async with serving(engine, api_key=("k",), admin_api_key=("geheim",)) as server, browsing(tmp_path) as page:
         await page.open(server.url + "/dashboard")
@@ -244,5 +271,3 @@ async def test_names_are_text_in_the_page(tmp_path: Path) -> None:
             assert await page.value("document.querySelectorAll('main img').length") == 0
             assert hostile in await page.value("document.getElementById('models').textContent")
             assert page.problems == []
-
-

@@ -1,0 +1,126 @@
+"""What /metrics tells, by Prometheus' own parser: names that others look for, stages that add up, targets, refusals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serving import MESSAGES, Server, serving
+
+from engine import Engine, SamplingParams, Tenant
+from server.auth import ANYBODY
+
+CHAT = "/v1/chat/completions"
+SHORT = {"messages": MESSAGES, "max_tokens": 6, "ignore_eos": True}
+
+# Names of vLLM 0.33 that dashboards, autoscalers, routers and benchmarks look for (gauges, counters, histograms).
+VLLM = {
+    "num_requests_running": "gauge",
+    "num_requests_waiting": "gauge",
+    "kv_cache_usage_perc": "gauge",
+    "cache_config_info": "gauge",
+    "prompt_tokens": "counter",
+    "prompt_tokens_cached": "counter",
+    "generation_tokens": "counter",
+    "num_preemptions": "counter",
+    "request_success": "counter",
+    "prefix_cache_queries": "counter",
+    "prefix_cache_hits": "counter",
+    "time_to_first_token_seconds": "histogram",
+    "inter_token_latency_seconds": "histogram",
+    "request_time_per_output_token_seconds": "histogram",
+    "e2e_request_latency_seconds": "histogram",
+    "request_queue_time_seconds": "histogram",
+    "request_inference_time_seconds": "histogram",
+    "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "request_prompt_tokens": "histogram",
+    "request_generation_tokens": "histogram",
+    "request_params_n": "histogram",
+    "request_params_max_tokens": "histogram",
+    "request_num_preemptions": "histogram",
+    "iteration_tokens_total": "histogram",
+}
+
+
+async def scrape(server: Server) -> tuple[dict[str, str], dict[str, dict[tuple[str, ...], float]]]:
+    """Types by family, and values by sample name and labels (in the order of their names)."""
+    async with server.client.get(server.url + "/metrics") as response:
+        families = list(text_string_to_metric_families(await response.text()))
+    values: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
+    for family in families:
+        for sample in family.samples:
+            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            assert labels not in values[sample.name], f"{sample.name} {labels} twice"
+            values[sample.name][labels] = sample.value
+    return {family.name: family.type for family in families}, values
+
+
+async def test_names_that_others_look_for(engine: Engine) -> None:
+    async with serving(engine) as server:
+        await server.post(CHAT, SHORT)
+        await server.events(CHAT, SHORT)
+        types, values = await scrape(server)
+    assert {name: types.get(f"vllm:{name}") for name in VLLM} == VLLM
+    assert not any("offline" in labels for name in values if name.startswith("vllm:") for labels in values[name])
+    for name, kind in VLLM.items():
+        if kind == "histogram":
+            buckets = values[f"vllm:{name}_bucket"].values()
+            assert buckets, name
+            assert max(buckets) == sum(values[f"vllm:{name}_count"].values()), name
+
+
+async def test_every_request_has_a_first_token_and_stages_that_add_up(engine: Engine) -> None:
+    async with serving(engine) as server:
+        await server.post(CHAT, SHORT)
+        await server.events(CHAT, SHORT)
+        _, values = await scrape(server)
+    mine = ("org/tiny", "online")
+    for name in ("time_to_first_token", "request_queue_time", "request_prefill_time", "request_decode_time"):
+        assert values[f"sluice_{name}_seconds_count"][mine] == 2, name
+    assert values["sluice_request_time_per_output_token_seconds_count"][mine] == 2
+    apart = values["sluice_inter_token_latency_seconds_count"].get(mine, 0)
+    assert apart <= 5, "of the stream alone, whose first tokens may have come together"
+    seconds = {stage: values[f"sluice_request_{stage}_time_seconds_sum"][mine] for stage in ("prefill", "decode", "inference")}
+    assert seconds["inference"] == pytest.approx(seconds["prefill"] + seconds["decode"])
+    assert seconds["inference"] <= values["sluice_e2e_request_latency_seconds_sum"][mine]
+
+
+async def test_device_time_sums_to_the_time_that_passed(engine: Engine) -> None:
+    async with serving(engine) as server:
+        began = engine.timeline.clock.now()
+        _, before = await scrape(server)
+        earliest = engine.timeline.clock.now()
+        await engine.submit("x", SamplingParams(max_tokens=30, ignore_eos=True), tenant="offline").completion()
+        await server.post(CHAT, SHORT)
+        latest = engine.timeline.clock.now()
+        _, after = await scrape(server)
+        ended = engine.timeline.clock.now()
+    name = "sluice_device_time_seconds_total"
+    passed = {owner: value - before[name][owner] for owner, value in after[name].items()}
+    assert passed.keys() == {("online",), ("offline",), ("switch",), ("idle",)}
+    assert passed["offline",] > 0 and passed["online",] > 0
+    assert latest - earliest <= sum(passed.values()) + 1e-6 <= ended - began + 2e-6
+    parts = after["sluice_computing_seconds_total"]
+    assert parts.keys() == {(phase, tenant) for tenant in ("online", "offline") for phase in ("prefill", "decode")}
+    for tenant in ("online", "offline"):
+        own = sum(seconds for (_, who), seconds in parts.items() if who == tenant)
+        assert own == pytest.approx(after[name][tenant,])
+
+
+async def test_targets_and_those_who_missed_them(engine: Engine) -> None:
+    async with serving(engine, ttft_slo_ms=0.001) as server:
+        await server.post(CHAT, SHORT)
+        await server.post(CHAT, SHORT | {"service_tier": "flex"})
+        _, values = await scrape(server)
+    assert values["sluice_slo_target_seconds"] == {("ttft",): 1e-6}
+    assert values["sluice_slo_violations_total"] == {("ttft",): 1.0}, "offline work has no target"
+
+
+async def test_what_was_refused_and_why(engine: Engine) -> None:
+    async with serving(engine, max_inflight_flex=1) as server:
+        with server.service.in_flight.hold(ANYBODY, Tenant.OFFLINE):
+            assert (await server.post(CHAT, SHORT | {"service_tier": "flex"}))[0] == 429
+        _, values = await scrape(server)
+    assert values["sluice_admission_rejections_total"] == {("resource_unavailable",): 1.0}
