@@ -16,7 +16,7 @@ from serving import MESSAGES, serving
 
 from engine import Engine, EngineConfig
 from engine.build import load_model
-from engine.sched.plan import Runner, StepPlan, StepResult
+from engine.sched.plan import Runner, StepResult
 from server.watchdog import watch_steps
 
 
@@ -25,16 +25,16 @@ class HeldRunner:
 
     def __init__(self, inner: Runner) -> None:
         self._inner = inner
-        self.num_layers = inner.num_layers
+        self.num_layers, self.asynchronous = inner.num_layers, inner.asynchronous
         self.asynchronous = False
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def launch(self, plan: StepPlan, stop: Any = None) -> Any:
-        return self._inner.launch(plan, stop)
+    def launch(self, *arguments: Any) -> Any:
+        return self._inner.launch(*arguments)
 
-    def resume(self, checkpoint: Any, dropped: frozenset[str] = frozenset(), stop: Any = None) -> Any:
-        return self._inner.resume(checkpoint, dropped, stop)
+    def resume(self, *arguments: Any) -> Any:
+        return self._inner.resume(*arguments)
 
     def collect(self, in_flight: Any) -> StepResult:
         result = self._inner.collect(in_flight)
