@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import triton_attention, triton_ops, triton_pages, triton_sampling
+from engine.kernels import triton_attend, triton_ops, triton_pages, triton_sampling, triton_write
 from engine.kernels.triton_config import Launch, launches
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
@@ -87,9 +87,9 @@ def attention_jobs(capability: int, head_dim: int, group: int, dtype: torch.dtyp
             "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
             "WIDE": False,
         }
-        yield Job(f"{kernel}{more}", triton_attention.attend_kernel, types, constants, _options(launch))
+        yield Job(f"{kernel}{more}", triton_attend.attend_kernel, types, constants, _options(launch))
     constants = shape | {"BLOCK_M": 16, "TILE": 16}
-    yield Job(f"merge{more}", triton_attention.merge_kernel, types, constants, {"num_warps": 4})
+    yield Job(f"merge{more}", triton_attend.merge_kernel, types, constants, {"num_warps": 4})
 
 
 def _options(launch: Launch) -> dict[str, int]:
@@ -114,8 +114,8 @@ def other_jobs() -> Iterator[Job]:
     write = shape | {"KV_HEADS": 8, "HEADS": 8, "PAGE_SIZE": 16}
     plain = write | {"Q_BLOCKS": 0, "ROTATE": False, "NORM": False}
     fused = write | {"Q_BLOCKS": 4, "ROTATE": True, "NORM": True}
-    yield Job("write", triton_attention.write_kernel, model, plain, {"num_warps": 2})
-    yield Job("norm rotary write", triton_attention.write_kernel, model, fused, {"num_warps": 2})
+    yield Job("write", triton_write.write_kernel, model, plain, {"num_warps": 2})
+    yield Job("norm rotary write", triton_write.write_kernel, model, fused, {"num_warps": 2})
     words = {"window_ptr": "*i32:16", "packed_ptr": "*i32:16", "pages_ptr": "*i64:16", "page_stride": "i32:16"}
     for gather in (True, False):
         constants = {"WORDS": 524288, "BLOCK": 4096, "GATHER": gather}

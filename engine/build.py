@@ -160,7 +160,7 @@ def _load_model(
     path = resolve_model(config.model, progress=progress)
     spec = load_spec(path)
     memory = memory or plan_memory(config, [spec])
-    backend = load_backend(config.device)
+    backend = load_backend(config.device, config.attention_backend)
     dtype = getattr(torch, _dtype(config, spec))
     layout = KVLayout.fit(
         num_layers=spec.num_layers,
@@ -181,7 +181,7 @@ def _load_model(
     window = make_window(memory.num_slabs, layout.slab_bytes)
     attention = backend.attention(
         layout.view(window.tensor, num_pages),
-        AttentionShape(spec.num_heads, config.max_num_batched_tokens, config.max_num_seqs, spec.windows),
+        AttentionShape(spec.num_heads, step_tokens(config), config.max_num_seqs, spec.windows),
     )
     model = Model(spec, weights, backend.ops, attention, dtype, device=backend.device, max_len=longest)
     if launching is not None:
@@ -193,10 +193,12 @@ def _load_model(
     )  # fmt: skip
     graphs = None
     if backend.graphs is not None and not config.enforce_eager:
-        graphs = backend.graphs(model, attention, min(config.max_num_seqs, config.max_num_batched_tokens))
+        graphs = backend.graphs(model, attention, min(config.max_num_seqs, step_tokens(config)))
     runner = ModelRunner(model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs)
     # A device's memory must do for the largest step; a processor only has kernels to load.
-    _warm_up(runner, config, min(longest, config.max_num_batched_tokens if backend.own_memory else 32))
+    _warm_up(runner, config, min(longest, step_tokens(config) if backend.own_memory else 32))
+    if work := backend.work_bytes():
+        logger.info("steps take up to %.2f GiB; %.2f were set aside", work / 2**30, _work_bytes(config, spec) / 2**30)
     lendable = window if is_shared or not backend.own_memory else None
     copier = _make_copier(config, layout, window.tensor)
     return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, lendable, copier)
@@ -268,7 +270,7 @@ def build_core(
         make_policy(config.policy, tpot=config.tpot_slo_ms and config.tpot_slo_ms / 1e3, increase=config.slo_increase),
         clock or MonotonicClock(),
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=step_tokens(config),
         max_model_len=longest,
         eos_ids=built.spec.eos_ids,
         step_time=StepTime.load(step_time_file(config, built)),
@@ -298,6 +300,15 @@ def max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
     return min(wanted, room)
 
 
+def step_tokens(config: EngineConfig) -> int:
+    """Most tokens of a step: what the config says, or what suits the device."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    from engine.kernels.select import step_tokens as suitable
+
+    return suitable(config.device)
+
+
 def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
     """Name of the number format the model runs in."""
     if config.dtype != "auto":
@@ -317,7 +328,7 @@ def _work_bytes(config: EngineConfig, spec: ModelSpec) -> int:
     """Beside weights and KV, an upper estimate: activations of the largest step, logits and their copies, and what the
     libraries, compiled kernels and graphs take."""
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    activations = config.max_num_batched_tokens * (6 * spec.hidden_size + heads + 3 * spec.intermediate_size)
+    activations = step_tokens(config) * (6 * spec.hidden_size + heads + 3 * spec.intermediate_size)
     logits = 4 * 4 * config.max_num_seqs * spec.vocab_size
     return activations * _value_bytes(config, spec) + logits + _LIBRARY_BYTES
 

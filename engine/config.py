@@ -120,7 +120,9 @@ class EngineConfig:
     )
     max_model_len: int | None = knob(None, "longest prompt plus output in tokens (default: the model's)", low=1)
     max_num_seqs: int = knob(64, "most requests running at once", low=1)
-    max_num_batched_tokens: int = knob(512, "most tokens computed in one step", low=1)
+    max_num_batched_tokens: int | None = knob(
+        None, "most tokens computed in one step (default: 512 on a CPU, 2048 to 8192 on a GPU by its memory)", low=1
+    )
     max_num_queued_reqs: int = knob(1024, "most online requests waiting before new ones are refused", low=1)
     kv_cache_memory: int | None = knob(
         None, "KV memory in bytes, e.g. 2GiB (default: room for what can run at once, within free memory)",
@@ -132,6 +134,11 @@ class EngineConfig:
     )  # fmt: skip
     gpu_memory_utilization: float = knob(0.9, "part of the GPU's memory to use for weights, work space and KV")
     enforce_eager: bool = knob(False, "decode without CUDA graphs")
+    attention_backend: str = knob(
+        "auto",
+        "attention kernels; auto is the CPU's own, and on a GPU the faster of triton and flashinfer (where installed)",
+        choices=("auto", "triton", "flashinfer", "torch"),
+    )
     page_size: int = knob(16, "tokens in a KV page", low=1)
     slab_size: int = knob(2 * 2**20, "bytes of KV memory that change hands between tenants at once", parse=parse_bytes)
     enable_prefix_caching: bool = knob(True, "keep the KV of finished requests for prompts that start the same")
@@ -226,7 +233,7 @@ def _reader(name: str, default: Any, parse: Callable[[str], Any] | None) -> Call
                 raise argparse.ArgumentTypeError(str(error)) from None
 
         return read
-    if name in ("max_model_len", "threads"):
+    if name in ("max_model_len", "max_num_batched_tokens", "threads"):
         return int
     return str if default is None or isinstance(default, tuple) else type(default)
 

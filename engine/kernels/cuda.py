@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
+import statistics
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from engine.errors import InvalidConfig
-from engine.kernels.api import Attention, AttentionShape, DeviceMemory
+from engine.kernels import phases
+from engine.kernels.api import Attention, AttentionShape, BatchMeta, DeviceMemory
+
+_log = logging.getLogger(__name__)
 
 GRANULE = 2 * 2**20  # the unit in which the driver hands out device memory
 SLAB_BYTES = 64 * 2**20  # mapping costs the same for any size: fewer, larger slabs
 _LAYERS_AHEAD = 2
+_TRIAL_CONTEXT, _TRIAL_ROWS, _TRIAL_ROUNDS = 2048, 32, 6  # of the start-up comparison of attentions
+_LARGE_STEP = ((64 * 2**30, 8192), (32 * 2**30, 4096), (0, 2048))  # tokens of a step by the device's memory
 
 
 def unavailable() -> str | None:
@@ -47,12 +54,70 @@ def memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(total, total - free, GRANULE, SLAB_BYTES)
 
 
-def make_attention(kv: torch.Tensor, shape: AttentionShape) -> Attention:
+def make_attention(kv: torch.Tensor, shape: AttentionShape, wanted: str = "auto") -> Attention:
+    """The attention called "triton" or "flashinfer"; "auto" tries both and takes the faster for each kind of step.
+
+    Trying writes KV, so nobody may own a page yet. Raises InvalidConfig where flashinfer is wanted and cannot serve.
+    """
+    from engine.kernels import flashinfer_attention
+    from engine.kernels.flashinfer_attention import FlashInferAttention
     from engine.kernels.triton_attention import TritonAttention
 
-    return TritonAttention(
-        kv, shape.num_heads, max_tokens=shape.max_tokens, max_rows=shape.max_rows, windows=shape.windows
+    def make(kind: type[TritonAttention] | type[FlashInferAttention]) -> TritonAttention | FlashInferAttention:
+        rows, windows = shape.max_rows, shape.windows
+        return kind(kv, shape.num_heads, max_tokens=shape.max_tokens, max_rows=rows, windows=windows)
+
+    reason = None if wanted == "triton" else flashinfer_attention.unsupported(kv)
+    if wanted == "flashinfer":
+        if reason is not None:
+            raise InvalidConfig(f"--attention-backend flashinfer cannot serve: {reason}")
+        return make(FlashInferAttention)
+    ours = make(TritonAttention)
+    if wanted == "triton" or reason is not None:
+        return ours
+    try:
+        return _faster(ours, make(FlashInferAttention), kv, shape)
+    except Exception as error:  # it compiles when first used, for which a machine may lack what it needs
+        _log.warning("flashinfer does not work here, attention by triton (%s: %s)", type(error).__name__, error)
+        return ours
+
+
+def _faster(ours: Attention, other: Attention, kv: torch.Tensor, shape: AttentionShape) -> Attention:
+    """The faster one for each kind of step, measured on the KV as it is."""
+    attentions = {"triton": ours, "flashinfer": other}
+    num_pages, page_size = kv.shape[0], kv.shape[3]
+    context = min(_TRIAL_CONTEXT, num_pages * page_size - 1)
+    count, rows = max(2, min(shape.max_tokens, context)), min(_TRIAL_ROWS, shape.max_rows)
+    choice = phases.choose(
+        tuple(attentions),
+        lambda name, meta: _seconds(attentions[name], meta, kv, shape),
+        phases.trial(rows=1, start=0, count=count, page_size=page_size, num_pages=num_pages),
+        phases.trial(rows=rows, start=context, count=1, page_size=page_size, num_pages=num_pages),
     )
+    _log.info("attention: %s", choice)
+    if choice.prompts == choice.singles:
+        return attentions[choice.prompts]
+    return phases.PhasedAttention(attentions[choice.prompts], attentions[choice.singles])
+
+
+@torch.inference_mode()
+def _seconds(attention: Attention, meta: BatchMeta, kv: torch.Tensor, shape: AttentionShape) -> float:
+    """Device time of one layer's attention in such a step, over all layers so that no cache helps; the median of some."""
+    num_layers, kv_heads, head_dim = kv.shape[1], kv.shape[4], kv.shape[5]
+    tokens = sum(meta.counts)
+    heads = (shape.num_heads, kv_heads, kv_heads)
+    q, k, v = (torch.randn(tokens, n, head_dim, device=kv.device, dtype=kv.dtype) for n in heads)
+    handle = attention.plan(meta)
+    taken: list[float] = []
+    for _ in range(_TRIAL_ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for layer in range(num_layers):
+            attention.run(handle, layer, q, k, v, shape.windows[0])
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3 / num_layers)
+    return statistics.median(taken[1:])  # the first compiles
 
 
 def keep_fused_arithmetic() -> None:
@@ -64,10 +129,21 @@ def keep_fused_arithmetic() -> None:
         knobs.language.default_fp_fusion = True
 
 
+def step_tokens(total: int) -> int:
+    """Most tokens of a step on a device of `total` bytes: enough to be bound by arithmetic, little beside its memory."""
+    return next(tokens for least, tokens in _LARGE_STEP if total >= least)
+
+
 def trim() -> None:
     """Give the memory that loading left behind back to the device, so that the KV window finds it."""
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def work_bytes() -> int:
+    """The most that steps have taken since `trim`, beside what is allocated for good."""
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
 class Pace:

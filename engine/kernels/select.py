@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class Backend:
     """The kernels of one device. `attention` takes the KV as `KVLayout.view` gives it.
 
     `own_memory`: weights and KV lie in memory of the device's own. `pace` is None where launching a layer is running it.
-    `graphs`, if any, takes the model, its attention and the most rows of a step. `trim` is called when weights are packed.
+    `graphs`, if any, takes the model, its attention and the most rows of a step. `trim` is called when weights are packed, and
+    `work_bytes` tells the most that steps have taken since, beside weights and KV, where that is known.
     """
 
     name: str
@@ -34,12 +35,21 @@ class Backend:
     pace: Callable[[], Pace] | None = None
     graphs: Callable[[Any, Any, int], Graphs] | None = None
     trim: Callable[[], None] = field(default=lambda: None)
+    work_bytes: Callable[[], int] = field(default=lambda: 0)
 
 
-def load_backend(device: str = "auto") -> Backend:
-    """The best kernels for `device` ("auto", "cpu" or "cuda"). Raises InvalidConfig, with the remedy, if it cannot serve."""
+def load_backend(device: str = "auto", attention: str = "auto") -> Backend:
+    """The best kernels for `device` ("auto", "cpu" or "cuda"). Raises InvalidConfig, with the remedy, if it cannot serve.
+
+    `attention`: "auto", "triton", "flashinfer", or "torch", which is slow and right everywhere.
+    """
     device = resolve_device(device)
-    return _cuda() if device == "cuda" else _cpu()
+    if device == "cpu" and attention in ("triton", "flashinfer"):
+        raise InvalidConfig(f"--attention-backend {attention} needs a GPU; use auto or torch, or --device cuda")
+    backend = _cuda(attention) if device == "cuda" else _cpu()
+    if attention == "torch":
+        return replace(backend, attention=lambda kv, shape: TorchAttention(kv), graphs=None)
+    return backend
 
 
 def resolve_device(device: str) -> str:
@@ -62,7 +72,17 @@ def device_memory(device: str) -> DeviceMemory | None:
     return cuda.memory(cuda.device())
 
 
-def _cuda() -> Backend:
+def step_tokens(device: str) -> int:
+    """Most tokens of a step that suit the device. A processor is busy with a few hundred."""
+    memory = device_memory(device)
+    if memory is None:
+        return 512
+    from engine.kernels import cuda
+
+    return cuda.step_tokens(memory.total)
+
+
+def _cuda(attention: str) -> Backend:
     from engine.kernels import cuda
 
     device = cuda.device()
@@ -75,12 +95,13 @@ def _cuda() -> Backend:
         "cuda",
         device,
         TritonOps(),
-        cuda.make_attention,
+        lambda kv, shape: cuda.make_attention(kv, shape, attention),
         sample=triton_sampling.sample,
         own_memory=True,
         pace=cuda.Pace,
         graphs=DecodeGraphs,
         trim=cuda.trim,
+        work_bytes=cuda.work_bytes,
     )
 
 

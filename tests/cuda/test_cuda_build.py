@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import tiny_checkpoint
 
-from engine.build import plan_memory
+from engine.build import plan_memory, step_tokens
 from engine.config import EngineConfig
 from engine.errors import InvalidConfig
 from engine.kernels import cuda, select
@@ -47,6 +47,14 @@ def test_kv_gets_what_weights_and_work_leave(spec: ModelSpec) -> None:
     room = 7 * GIB - weights - logits
     assert memory.slab_bytes % cuda.GRANULE == 0 and memory.slab_bytes >= cuda.SLAB_BYTES
     assert room - 3 * GIB < kv < room - 2 * GIB  # the libraries' share, and less than a slab of rounding
+
+
+@pytest.mark.usefixtures("gpu")
+def test_steps_are_as_large_as_the_device_bears(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [cuda.step_tokens(size * GIB) for size in (16, 32, 80)] == [2048, 4096, 8192]
+    assert step_tokens(config()) == 2048 and step_tokens(config(max_num_batched_tokens=100)) == 100
+    monkeypatch.setattr(select, "device_memory", lambda device: None)
+    assert step_tokens(config()) == 512
 
 
 @pytest.mark.usefixtures("gpu")
