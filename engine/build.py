@@ -228,7 +228,9 @@ def _make_copier(config: EngineConfig, layout: KVLayout, window: torch.Tensor) -
             raise InvalidConfig(f"--host-kv-memory is less than a page of {layout.page_bytes} bytes; give it more, or 0")
         return None
     if window.device.type != "cpu":
-        raise InvalidConfig("--host-kv-memory is for the CPU so far: leave it out, or use --device cpu")
+        from engine.kernels.cuda_host_store import CudaHostStore
+
+        return CudaHostStore(layout, window, num_slots)
     return HostStore(window, layout.page_bytes, layout.page_stride, num_slots, MonotonicClock())
 
 
