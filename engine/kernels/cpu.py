@@ -184,7 +184,8 @@ class CpuAttention:
     def _write(self, handle: CpuPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         width = self._num_kv_heads * self._head_dim
         at = (handle.pages.data_ptr(), handle.slots.data_ptr(), k.shape[0], width)
-        loops.run(loops.write_kv, *self._place(layer), *at, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
+        values = (*self._place(layer), *at, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
+        _run(loops.write_kv, 2 * k.numel(), *values)
 
     def _attend_singles(self, handle: CpuPlan, layer: int, q: torch.Tensor, out: torch.Tensor, window: int | None) -> None:
         num_heads = q.shape[1]

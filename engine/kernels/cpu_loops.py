@@ -518,7 +518,8 @@ def write_kv(block):
     a = carray(block, (12,), np.int64)
     stride, plane, layer, width = a[1], a[2], a[3], a[7]
     pages, slots = _ints(a[4], a[6]), _ints(a[5], a[6])
-    for t in range(a[6]):
+    thread, threads = np.int64(_thread()), np.int64(_num_threads())
+    for t in range(a[6] * thread // threads, a[6] * (thread + 1) // threads):
         place = a[0] + (pages[t] * stride + layer * 2 * plane + slots[t] * width) * 4
         keys, values = _floats(place, width), _floats(place + plane * 4, width)
         k, v = _floats(a[8] + t * a[9] * 4, width), _floats(a[10] + t * a[11] * 4, width)
