@@ -2,7 +2,8 @@
 
 Replays a trace against real servers over HTTP, with and without an offline backlog of another model. The servers of all arms
 are loaded at the same time and take turns, round after round (A B C, A B C, ...; the order rotates); who has no turn is idle.
-Prints one table per question and writes everything measured as JSON, the tables, and a picture.
+Prints one table per question and writes everything measured as JSON, the tables, and a picture. With `--sharing`: one model for
+both tenants instead, see bench.colocate.sharing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.colocate import report
+from bench.colocate import report, sharing
 from bench.colocate.arms import ALONE, NO_GATE, OFFLINE_ALONE, OVERLOAD, SHARING, SLUICE, TIGHT, Arm, Load, Run, measure
 from bench.colocate.client import replay, session
 from bench.colocate.models import find_model
@@ -325,6 +326,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--quiet", type=float, default=0.2, help="wait while others use this many cores or more ...")
     group.add_argument("--patience", type=float, default=10.0, help="... but not longer than this, in seconds, each time")
     group.add_argument("--retries", type=int, default=1, help="measure a window again if others used the machine meanwhile")
+    sharing.add_arguments(parser)
     group.add_argument("--out", type=Path, default=Path("bench/results/colocation"), help="folder for JSON, tables and picture")
     return parser
 
@@ -380,6 +382,9 @@ def quick(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.sharing is not None:
+        args.out = args.out.parent / "sharing" if args.out == Path("bench/results/colocation") else args.out
+        return sharing.main(args)
     if args.quick:
         quick(args)
     with tempfile.TemporaryDirectory(prefix="colocation-") as logs:

@@ -56,9 +56,9 @@ class TimedScheduler(Scheduler):
         self.update_seconds = 0.0
         self.record_seconds: list[float] = []  # one entry for each step told to the timeline
 
-    def add(self, submit: Submit) -> Request:
+    def add(self, submit: Submit, arrival: float | None = None) -> Request:
         begin = time.thread_time()
-        request = super().add(submit)
+        request = super().add(submit, arrival)
         self.add_seconds += time.thread_time() - begin
         return request
 
@@ -90,6 +90,7 @@ def make_core(clock: ManualClock, args: argparse.Namespace, max_model_len: int) 
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=min(max_model_len, slabs * PAGES_PER_SLAB * PAGE_SIZE),
+        prefix_order=args.offline_order == "prefix",
     )
     cost = StepCost(fixed=args.step_ms / 1e3, per_token=1.0 / args.tokens_per_second)
     runner = FakeRunner(vocab_size=VOCAB_SIZE, page_size=PAGE_SIZE, cost=cost, clock=clock)
@@ -389,6 +390,7 @@ def parser() -> argparse.ArgumentParser:
         "--kv-tokens", type=int, default=4096, help="replay: KV memory in tokens for each place among the running"
     )
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--offline-order", choices=("prefix", "fcfs"), default="prefix")
     parser.add_argument("--policy", choices=POLICIES, default="online-first")
     parser.add_argument("--step-ms", type=float, default=5.0, help="fixed cost of a fake step")
     parser.add_argument("--tokens-per-second", type=float, default=20_000.0, help="speed of the fake runner")

@@ -27,9 +27,11 @@ from engine.memory.host import HostTier, PageCopier
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
 from engine.sched.latency import StepTime
+from engine.sched.modes import ModeChooser
 from engine.sched.plan import PlanRow, Runner, StepPlan
-from engine.sched.policies import make_policy
+from engine.sched.policies import OnlineFirst, SharedStep
 from engine.sched.scheduler import Scheduler
+from engine.sched.slo import OnlineMeter, SloControl
 from engine.spec import ModelSpec, load_spec
 from engine.types import Grammar, Guide, SamplingParams, Tenant
 
@@ -46,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 _KV_SHARE = 0.25  # of the machine's available memory, unless --kv-cache-memory says otherwise
 _KV_CEILING = 8 * 2**30
+_PARKED_BYTES = 256 * 2**20  # hidden states of parked passes; 16,384 tokens at 4096 numbers of two bytes, as Laser keeps
+_PLENTY = 2048  # tokens of a step
 _LIBRARY_BYTES = 2 * 2**30  # of a GPU, for one process
 _SHARED_SLAB_BYTES = 32 * 2**20  # on a GPU; made up to four times as large if that wastes less
 _HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -181,7 +185,7 @@ def _load_model(
     window = make_window(memory.num_slabs, layout.slab_bytes)
     attention = backend.attention(
         layout.view(window.tensor, num_pages),
-        AttentionShape(spec.num_heads, step_tokens(config), config.max_num_seqs, spec.windows),
+        AttentionShape(spec.num_heads, largest_step(config), config.max_num_seqs, spec.windows),
     )
     model = Model(spec, weights, backend.ops, attention, dtype, device=backend.device, max_len=longest)
     if launching is not None:
@@ -196,7 +200,7 @@ def _load_model(
         graphs = backend.graphs(model, attention, min(config.max_num_seqs, step_tokens(config)))
     runner = ModelRunner(model, layout, window, backend.device, sampler=backend.sample, pace=backend.pace, graphs=graphs)
     # A device's memory must do for the largest step; a processor only has kernels to load.
-    _warm_up(runner, config, min(longest, step_tokens(config) if backend.own_memory else 32))
+    _warm_up(runner, config, min(longest, largest_step(config) if backend.own_memory else 32))
     if work := backend.work_bytes():
         logger.info("steps take up to %.2f GiB; %.2f were set aside", work / 2**30, _work_bytes(config, spec) / 2**30)
     lendable = window if is_shared or not backend.own_memory else None
@@ -267,18 +271,42 @@ def build_core(
         protected=max(0, min(int(config.online_cache_share * num_pages), num_pages - -(-longest // config.page_size))),
         host=None if built.copier is None else HostTier(built.copier.num_slots),
     )
+    clock = clock or MonotonicClock()
+    control, modes = _make_control(config, clock)
+    tpot = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1e3
     scheduler = Scheduler(
         kv,
-        make_policy(config.policy, tpot=config.tpot_slo_ms and config.tpot_slo_ms / 1e3, increase=config.slo_increase),
-        clock or MonotonicClock(),
+        OnlineFirst() if control is None else SharedStep(tpot, config.slo_increase, control, modes),
+        clock,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=step_tokens(config),
+        max_alone_tokens=largest_step(config),
+        max_parked_tokens=_PARKED_BYTES // (2 * built.spec.hidden_size * _value_bytes(config, built.spec)),
+        prefix_order=config.offline_order == "prefix",
         max_model_len=longest,
         eos_ids=built.spec.eos_ids,
         step_time=StepTime.load(step_time_file(config, built)),
         open_guide=open_guide,
     )
-    return EngineCore(scheduler, built.runner, copier=built.copier)
+    core = EngineCore(scheduler, built.runner, copier=built.copier, ttft=_ttft(config))
+    core.modes = modes
+    if control is not None:
+        core.meter = OnlineMeter(control, scheduler.step_time)
+    return core
+
+
+def _make_control(config: EngineConfig, clock: Clock) -> tuple[SloControl | None, ModeChooser | None]:
+    """What sizes shared steps, if there may be such, and what chooses between these and none, if that is left open."""
+    if config.sharing == "exclusive":
+        return None, None
+    tpot = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1e3
+    seconds = _ttft(config) if config.slo_metric.endswith("ttft") else tpot
+    control = SloControl(config.slo_metric, seconds=seconds, increase=config.slo_increase)
+    return control, ModeChooser(clock.now()) if config.sharing == "auto" else None
+
+
+def _ttft(config: EngineConfig) -> float | None:
+    return None if config.ttft_slo_ms is None else config.ttft_slo_ms / 1e3
 
 
 def step_time_file(config: EngineConfig, built: BuiltModel) -> Path:
@@ -311,6 +339,15 @@ def step_tokens(config: EngineConfig) -> int:
     return suitable(config.device)
 
 
+def largest_step(config: EngineConfig) -> int:
+    """Most tokens of a step without online rows: what the config says, or so many that hardly any device is faster with more."""
+    tokens = step_tokens(config)
+    wanted, most = config.offline_max_batched_tokens, min(4 * tokens, max(tokens, _PLENTY))
+    if wanted is not None and wanted < tokens:
+        raise InvalidConfig(f"--offline-max-batched-tokens {wanted} is less than the {tokens} of any step; give at least as many")
+    return wanted or most
+
+
 def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
     """Name of the number format the model runs in."""
     if config.dtype != "auto":
@@ -330,9 +367,9 @@ def _work_bytes(config: EngineConfig, spec: ModelSpec) -> int:
     """Beside weights and KV, an upper estimate: activations of the largest step, logits and their copies, and what the
     libraries, compiled kernels and graphs take."""
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    activations = step_tokens(config) * (6 * spec.hidden_size + heads + 3 * spec.intermediate_size)
+    activations = largest_step(config) * (6 * spec.hidden_size + heads + 3 * spec.intermediate_size)
     logits = 4 * 4 * config.max_num_seqs * spec.vocab_size
-    return activations * _value_bytes(config, spec) + logits + _LIBRARY_BYTES
+    return activations * _value_bytes(config, spec) + logits + _PARKED_BYTES + _LIBRARY_BYTES
 
 
 def _value_bytes(config: EngineConfig, spec: ModelSpec) -> int:

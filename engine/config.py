@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from engine.errors import InvalidConfig
 
+METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
 _SECRETS = ("api_key", "admin_api_key")
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -123,6 +124,12 @@ class EngineConfig:
     max_num_batched_tokens: int | None = knob(
         None, "most tokens computed in one step (default: 512 on a CPU, 2048 to 8192 on a GPU by its memory)", low=1
     )
+    offline_max_batched_tokens: int | None = knob(
+        None,
+        "most tokens computed in one step without online rows, of which it takes as many as make it faster (default: up to "
+        "2048, or as many as other steps)",
+        low=1,
+    )
     max_num_queued_reqs: int = knob(1024, "most online requests waiting before new ones are refused", low=1)
     kv_cache_memory: int | None = knob(
         None, "KV memory in bytes, e.g. 2GiB (default: room for what can run at once, within free memory)",
@@ -143,13 +150,30 @@ class EngineConfig:
     slab_size: int = knob(2 * 2**20, "bytes of KV memory that change hands between tenants at once", parse=parse_bytes)
     enable_prefix_caching: bool = knob(True, "keep the KV of finished requests for prompts that start the same")
     online_cache_share: float = knob(0.5, "part of the KV memory whose online prefixes offline work may never evict")
-    policy: str = knob(
-        "online-first",
-        "one model for both tenants: offline only when online is idle, or also in online steps as latency allows, or blind",
-        choices=("online-first", "shared-step", "fcfs"),
+    sharing: str = knob(
+        "exclusive",
+        "one model for both tenants: offline rows only while online is idle, or also in online steps as latency allows, or "
+        "whichever of the two is worth more at the moment",
+        choices=("auto", "exclusive", "step"),
     )
-    tpot_slo_ms: float | None = knob(None, "shared-step: longest time for a step with online rows", parse=float, low=0)
-    slo_increase: float = knob(0.05, "shared-step without --tpot-slo-ms: share by which online steps may get longer", low=0)
+    ttft_slo_ms: float | None = knob(
+        None,
+        "time in which a first token is due: steps of offline rows stop for an arrival only if it would come too late "
+        "(default: always)",
+        parse=float, low=0,
+    )  # fmt: skip
+    tpot_slo_ms: float | None = knob(None, "shared steps: longest time for a step with online rows", parse=float, low=0)
+    slo_increase: float = knob(0.05, "shared steps without --tpot-slo-ms: share by which online may get slower", low=0)
+    slo_metric: str = knob(
+        "mean-tpot",
+        "what of online requests must keep to the target; the budget of shared steps follows it",
+        choices=METRICS,
+    )
+    offline_order: str = knob(
+        "prefix",
+        "which offline request goes next: who shares the longest beginning with the one before it, or first come first served",
+        choices=("prefix", "fcfs"),
+    )
     gate: str = knob(
         "auto",
         "how the offline model's process is stopped: auto takes the first that demonstrably works",
@@ -233,7 +257,7 @@ def _reader(name: str, default: Any, parse: Callable[[str], Any] | None) -> Call
                 raise argparse.ArgumentTypeError(str(error)) from None
 
         return read
-    if name in ("max_model_len", "max_num_batched_tokens", "threads"):
+    if name in ("max_model_len", "max_num_batched_tokens", "offline_max_batched_tokens", "threads"):
         return int
     return str if default is None or isinstance(default, tuple) else type(default)
 

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.errors import EngineDead
 from engine.memory.host import PageCopier, Transfer
 from engine.memory.host_copies import HostStats
-from engine.sched.plan import Runner, StepPlan, StepResult
+from engine.sched.latency import Load
+from engine.sched.modes import Mode, ModeChooser
+from engine.sched.plan import Checkpoint, Runner, StepPlan, StepResult, StopCondition
 from engine.sched.scheduler import Scheduler
+from engine.sched.slo import OnlineMeter
+from engine.sched.stopping import LAYER_BUCKETS, StopRule, Waiting
 from engine.types import Submit, Tenant, TokenOut
 
 logger = logging.getLogger(__name__)
@@ -87,16 +92,31 @@ class _Launched:
 
     plan: StepPlan
     handle: Any
+    began: float
     whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """How the tenants of one model share its steps."""
+
+    mode: str  # exclusive or step
+    scale: float  # what the budget of shared steps is multiplied by; 1 where nothing controls it
+    layer_buckets: tuple[int, ...]
+    preemption_layers: tuple[int, ...]  # stops of offline passes by the layers they took: per bucket, then those beyond
+    preemption_layers_sum: int
 
 
 class EngineCore:
     """Runs one model's requests.
 
-    `interrupted` is asked between the layers of a step without online rows; when it says True (an online request is at the
-    door) the pass is parked at that layer, and goes on from there when online work is done. Nor is a step launched ahead then.
+    `interrupted` is asked between the layers of a step without online rows, and must be cheap. When it says True (an online
+    request is at the door) and not all of those in `waiting` can wait for the end of the pass, it is parked at that layer and
+    goes on from there when online work is done. `ttft`: seconds to a first token in time; without it nobody can wait.
+
     `copier` carries out what the scheduler wants copied to host memory and back; with it, the scheduler's KVManager has a host
-    tier. `launch_ahead`: whether to do that at all (default: if the runner is asynchronous). Outputs do not depend on it.
+    tier. `launch_ahead`: whether to launch a step before the one before it is done (default: if the runner is asynchronous);
+    never while somebody is at the door. Outputs do not depend on it.
     """
 
     def __init__(
@@ -107,12 +127,20 @@ class EngineCore:
         interrupted: Callable[[], bool] = lambda: False,
         copier: PageCopier | None = None,
         launch_ahead: bool | None = None,
+        ttft: float | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.interrupted = interrupted
+        self.waiting: Callable[[], Sequence[Waiting]] = tuple
+        self.stop_rule = StopRule(
+            scheduler.step_time, scheduler.clock,
+            num_layers=runner.num_layers, max_tokens=scheduler.max_num_batched_tokens, ttft=ttft,
+        )  # fmt: skip
         self.on_step: Callable[[StepPlan, StepResult], None] = lambda plan, result: None
         self.sync: Callable[[], None] = lambda: None  # called before a step is decided and before its results are applied
+        self.meter: OnlineMeter | None = None  # of what online requests feel, where the step budget follows it
+        self.modes: ModeChooser | None = None
         self.stalled = False  # there is work, but nothing of it could run in the last step
         self.busy_since: float | None = None  # when the step that runs now began
         self._idle = False  # nothing could run last time
@@ -120,13 +148,19 @@ class EngineCore:
         self.launch_ahead = runner.asynchronous if launch_ahead is None else launch_ahead
         self._ahead: _Launched | None = None
         self._failed_steps = 0
+        self._carry = 0.0  # seconds that shared steps left over and no parked pass has used
 
-    def submit(self, submit: Submit) -> None:
-        self.scheduler.add(submit)
+    def submit(self, submit: Submit, arrival: float | None = None) -> None:
+        """Take in a request, which arrived now or, by the scheduler's clock, earlier."""
+        request = self.scheduler.add(submit, arrival)
+        if self.meter is not None and submit.tenant is Tenant.ONLINE:
+            self.meter.arrived(submit.id, request.arrival)
 
     def abort(self, request_id: str) -> list[TokenOut]:
         out = self.scheduler.abort(request_id)
         self._forget_dead_step()
+        if self.meter is not None:
+            self.meter.gone(request_id)
         return [] if out is None else [out]
 
     @property
@@ -150,14 +184,46 @@ class EngineCore:
             return self._finish(launched)
         plan = self.scheduler.schedule()
         if plan is not None:
-            return self._run(plan, lambda: self.runner.launch(plan, self._stop), whole=True)
+            outs = self._run(plan, partial(self.runner.launch, plan, self._stop), 0, whole=True)
+            if plan.preemptible or self._ahead is not None or not self.scheduler.parked:
+                return outs
+            return outs + self._use_slack()
         parked = self.scheduler.parked.take()
         if parked is None:
             self._idle = True
             self.stalled = self.has_work and not self.scheduler.wants_copies
             return []
-        checkpoint, dropped = parked
-        return self._run(checkpoint.plan, lambda: self.runner.resume(checkpoint, dropped, self._stop), whole=False)
+        return self._resume(*parked, self._stop)
+
+    def _resume(self, checkpoint: Checkpoint, dropped: frozenset[str], stop: StopCondition) -> list[TokenOut]:
+        resume = partial(self.runner.resume, checkpoint, dropped, stop)
+        return self._run(checkpoint.plan, resume, checkpoint.layer, whole=False)
+
+    def _use_slack(self) -> list[TokenOut]:
+        """Some layers of a parked pass in the time that a shared step left over.
+
+        What is too short for a layer is kept for the next step, so that steps are within their time on average and beyond it by
+        no more than a layer.
+        """
+        scheduler, now = self.scheduler, self.scheduler.clock.now
+        checkpoint = scheduler.parked.next
+        if checkpoint is None or scheduler.slack <= 0 or self.interrupted():
+            return []
+        layer_seconds = scheduler.step_time.predict(Load.of(checkpoint.plan.rows)) / self.runner.num_layers
+        available = self._carry + scheduler.slack
+        if available < layer_seconds:
+            self._carry = available
+            return []
+        began = now()
+
+        def stop(layer: int) -> bool:
+            return now() - began + layer_seconds > available or self._stop(layer)
+
+        taken = scheduler.parked.take()
+        assert taken is not None
+        outs = self._resume(*taken, stop)
+        self._carry = max(-layer_seconds, min(layer_seconds, available - (now() - began)))
+        return outs
 
     def _copy(self) -> None:
         """Pages to and from the host. Waits for no online request, and keeps none waiting: not while one is unfinished."""
@@ -176,14 +242,17 @@ class EngineCore:
         return None if copies is None or self._copying is None else copies.stats(self._copying.page_bytes)
 
     def _stop(self, layer: int) -> bool:
-        return self.interrupted()
+        self.stop_rule.layer = layer
+        return self.interrupted() and self.stop_rule.stops(layer, self.waiting())
 
-    def _run(self, plan: StepPlan, start: Callable[[], Any], *, whole: bool) -> list[TokenOut]:
+    def _run(self, plan: StepPlan, start: Callable[[], Any], layer: int, *, whole: bool) -> list[TokenOut]:
+        self.stop_rule.begin(layer)
+        began = self.scheduler.clock.now()
         try:
             handle = start()
         except Exception as error:
             return self._failed(plan, error)
-        return self._finish(_Launched(plan, handle, whole))
+        return self._finish(_Launched(plan, handle, began, whole))
 
     def _finish(self, launched: _Launched) -> list[TokenOut]:
         """Wait for a step and apply what came of it, with the next one launched meanwhile if it is certain."""
@@ -199,13 +268,21 @@ class EngineCore:
         if self._copying is not None:
             self._copying.earn(result.seconds)
         self.on_step(plan, result)
+        now = self.scheduler.clock.now()
+        if self.meter is not None:
+            self.meter.ran(plan.rows, launched.began, now)
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
         if launched.whole:
             self.scheduler.learn(plan, result.seconds)
+            if self.modes is not None:
+                self._tell_modes(self.modes, plan, result.seconds)
         self.sync()
         outs = self.scheduler.update(plan, result)
+        if self.meter is not None:
+            for out in outs:
+                self.meter.saw(out, now)
         self._forget_dead_step()
         return outs
 
@@ -214,7 +291,7 @@ class EngineCore:
         if plan is None:
             return
         try:
-            self._ahead = _Launched(plan, self.runner.launch(plan, self._stop, launched.handle))
+            self._ahead = _Launched(plan, self.runner.launch(plan, self._stop, launched.handle), self.scheduler.clock.now())
         except Exception as error:  # launched again in its turn, it works or fails its requests
             logger.warning("step %d could not be launched ahead: %s", plan.step, error)
 
@@ -231,6 +308,24 @@ class EngineCore:
                 self.runner.collect(ahead.handle)
             except Exception as error:
                 logger.warning("a step launched ahead failed, its requests had ended: %s", error)
+
+    @property
+    def mode(self) -> Mode:
+        """How the tenants of this model share it at the moment."""
+        if self.modes is not None:
+            return self.modes.mode
+        return Mode.EXCLUSIVE if self.meter is None else Mode.STEP
+
+    def stats(self) -> StepStats:
+        responses = self.stop_rule.responses
+        scale = 1.0 if self.meter is None else self.meter.control.scale
+        return StepStats(self.mode.value, scale, LAYER_BUCKETS, tuple(responses.counts), responses.total)
+
+    @staticmethod
+    def _tell_modes(modes: ModeChooser, plan: StepPlan, seconds: float) -> None:
+        offline = sum(row.count for row in plan.rows if row.tenant is Tenant.OFFLINE)
+        if plan.preemptible or modes.mode is Mode.STEP:
+            modes.ran(seconds, offline, shared=not plan.preemptible)
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[TokenOut]:
         logger.exception("step %d with %d rows failed", plan.step, len(plan.rows))

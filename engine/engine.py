@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from engine.build import BuiltModel, Memory, build_core, load_model, step_time_file
 from engine.config import EngineConfig
+from engine.core import StepStats
 from engine.errors import (
     ContextTooLong,
     EngineDead,
@@ -71,6 +72,7 @@ class Stats:
     step_prediction_error: float  # mean of |predicted - measured| / measured over recent steps
     part_seconds: Mapping[str, float]  # time computing since the start, by tenant and phase (`timeline.PARTS`)
     device_seconds: Mapping[str, float]  # by owner: online, offline, switch, idle; sums to the time since the start
+    steps: StepStats  # how the tenants of the online model share its steps
     sharing: SharingStats | None = None  # with an offline model
 
 
@@ -139,6 +141,7 @@ class Engine:
         self._core.interrupted = self._loop.online_at_the_door
         self._core.on_step = self._on_step
         self._lost = dict.fromkeys(Tenant, (0, 0))  # preemptions and tokens lost by them, as of the last step
+        self._core.waiting = self._loop.waiting
         self._sharing = None if offline is None else self._share_with(offline, built)
 
     def _share_with(self, offline: Served, built: BuiltModel) -> ExclusiveSharing:
@@ -341,10 +344,20 @@ class Engine:
         sharing = None if self._sharing is None else self._sharing.stats()
         if sharing is not None and sharing.worker is not None:
             tenants[Tenant.OFFLINE] = _stats_of(sharing.worker)
-        error = scheduler.step_time.error
         parts = self.timeline.seconds()
         owners = self._owners(parts) if sharing is None else sharing.device_seconds
-        return Stats(tenants, pool.num_pages, pool.num_free, pool.num_cached, kv.page_size, error, parts, owners, sharing)
+        return Stats(
+            tenants=tenants,
+            kv_pages=pool.num_pages,
+            kv_pages_free=pool.num_free,
+            kv_pages_cached=pool.num_cached,
+            page_size=kv.page_size,
+            step_prediction_error=scheduler.step_time.error,
+            steps=self._core.stats(),
+            part_seconds=parts,
+            device_seconds=owners,
+            sharing=sharing,
+        )
 
     def _owners(self, parts: Mapping[str, float]) -> dict[str, float]:
         """With one model nobody waits for the device to change hands: who computes owns it."""

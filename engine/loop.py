@@ -1,7 +1,7 @@
 """EngineLoop: the thread that owns an EngineCore. Commands go in by a queue; a step's results leave in one call.
 
 The one exception to "everything through the queue": a step in flight cannot be asked anything, so `put` of an online request
-raises a flag that the core polls between the layers of an offline step.
+shows at the door, which the core looks at between the layers of an offline step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from engine.core import EngineCore
 from engine.errors import EngineDead
+from engine.sched.stopping import Waiting
 from engine.types import Abort, Submit, Tenant, TokenOut
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class EngineLoop:
         self._died = died
         self._commands: deque[Submit | Abort | Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._online_queued = 0
+        self._door: deque[Waiting] = deque()  # online requests not yet taken in, as in `_commands`
         self.knocked = 0.0  # when the first of the online requests at the door, or of those last there, came to it
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -54,9 +55,10 @@ class EngineLoop:
                 raise EngineDead("the engine has stopped")
             self._commands.append(command)
             if isinstance(command, Submit) and command.tenant is Tenant.ONLINE:
-                if not self._online_queued:
-                    self.knocked = self._core.scheduler.clock.now()
-                self._online_queued += 1
+                now = self._core.scheduler.clock.now()
+                if not self._door:
+                    self.knocked = now
+                self._door.append(Waiting(len(command.prompt), now, self._core.stop_rule.layer))
             self._wake.notify()
 
     def stack(self) -> str:
@@ -81,7 +83,12 @@ class EngineLoop:
 
     def online_at_the_door(self) -> bool:
         """Whether a step without online rows should make way: an online request waits to be taken in, or the loop closes."""
-        return self._online_queued > 0 or self._closing
+        return bool(self._door) or self._closing
+
+    def waiting(self) -> tuple[Waiting, ...]:
+        """The online requests at the door; none of them matters to a loop that closes."""
+        with self._wake:
+            return () if self._closing else tuple(self._door)
 
     def _run(self) -> None:
         try:
@@ -119,8 +126,9 @@ class EngineLoop:
             if not isinstance(command, Submit):
                 command()
                 continue
+            arrival = None
             if command.tenant is Tenant.ONLINE:
                 with self._wake:
-                    self._online_queued -= 1
-            self._core.submit(command)
+                    arrival = self._door.popleft().since
+            self._core.submit(command, arrival)
         return outs

@@ -62,6 +62,7 @@ class ServerConfig:
     sse_keep_alive_interval: float = _knob(15.0, "a silent stream gets a comment this often; 0: never")
     sse_write_timeout: float = _knob(30.0, "a stream whose client reads nothing for so long is aborted")
     min_priority: int = _knob(0, "most urgent `priority` that a request may ask for; lower goes first")
+    # The engine's flag of the same name: what it keeps to is shown and counted here.
     ttft_slo_ms: float = _knob(0.0, "first-token time that online requests should not exceed, shown and counted; 0: none")
     stuck_step_timeout: float = _knob(60.0, "a step that runs for longer is reported, and /health answers 503; 0: never")
     status_interval: float = _knob(10.0, "while there is work, log a line per tenant this often; 0: never")
@@ -133,6 +134,8 @@ def add_server_args(parser: argparse.ArgumentParser) -> None:
     for spec in fields(ServerConfig):
         if "help" not in spec.metadata:
             continue  # made from other fields
+        if flag(spec.name) in parser._option_string_actions:
+            continue  # the engine's too, and the same value
         default = f"{spec.default:o}" if spec.name == "uds_mode" else spec.default
         shown = "" if spec.default in (None, (), False) else f" (default: {default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": spec.metadata["help"] + shown}

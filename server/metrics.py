@@ -181,9 +181,21 @@ class _EngineNumbers(Collector):
         )
         yield from _device_metrics(self.engine, stats)
         yield from self._targets()
+        mode = GaugeMetricFamily("sluice_sharing_mode", "1 for how the tenants of one model share it now", labels=("mode",))
+        for name in ("exclusive", "step"):
+            mode.add_metric((name,), float(name == stats.steps.mode))
+        yield mode
+        yield GaugeMetricFamily("sluice_slo_scale", "Factor on the budget of shared steps", value=stats.steps.scale)
         host = stats.tenants[Tenant.OFFLINE].host
         if host is not None:
             yield from _host_metrics(host)
+        yield _histogram(
+            "sluice_preemption_layers",
+            "Layers from an online arrival, or the last one at which it could wait, to the stop of an offline pass",
+            stats.steps.layer_buckets,
+            stats.steps.preemption_layers,
+            stats.steps.preemption_layers_sum,
+        )
         if stats.sharing is not None:
             yield from _sharing_metrics(stats.sharing)
 

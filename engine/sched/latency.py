@@ -1,8 +1,8 @@
 """StepTime: how long a step will take, learned from the engine's own steps.
 
 A linear model in what the step holds (HyGen section on the latency predictor, ConServe section 2.1: tokens computed, their
-attention, decode rows, context read), fitted by recursive least squares that forgets slowly and does not believe outliers:
-a step that took far longer than predicted was most likely disturbed. One prediction costs about a microsecond.
+attention, decode rows, context read), fitted by least squares that forgets slowly and does not believe outliers: a step that
+took far longer than predicted was most likely disturbed. One prediction costs about a microsecond, learning a step some tens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from engine.sched.plan import PlanRow
 
 _FORGET = 0.998  # weight of a step after one more; about 500 steps are remembered
 _BELIEVE = 4.0  # residuals beyond this many typical ones count as this many
-_PRIOR = 100.0  # how uncertain the weights are at first, in scaled units
+_ROUNDS = 6
+_SHORTEST = 1e-5  # seconds; what takes less was not measured
+_VERSION = 2  # of what is saved
 _WARM = 32  # steps before predictions mean anything
+_SATURATED = 0.95  # of the tokens per second of an endless step
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,9 @@ class StepTime:
     def __init__(self) -> None:
         size = len(Load().features())
         self._weights = [0.0] * size
-        self._spread = [[_PRIOR * (row == column) for column in range(size)] for row in range(size)]
-        self._typical = 0.0  # residual, seconds
+        self._products = [[0.0] * size for _ in range(size)]  # of features with features, sums over what is remembered
+        self._targets = [0.0] * size  # of features with what was measured
+        self._typical = 0.0  # residual, as a share of the step's time
         self.steps = 0
         self.error = 0.0  # mean of |predicted - measured| / measured over recent steps
 
@@ -68,36 +72,54 @@ class StepTime:
         """Seconds. Meaningless unless `ready`."""
         return max(0.0, sum(weight * value for weight, value in zip(self._weights, load.features(), strict=True)))
 
+    def saturating_tokens(self) -> int:
+        """Tokens of a step beyond which tokens per second hardly grow. 0 while too little is known."""
+        fixed, per_token = self._weights[0] + self._weights[1], self._weights[2] * Load(tokens=1).features()[2]
+        if not self.ready or fixed <= 0 or per_token <= 0:
+            return 0
+        return int(fixed / per_token * _SATURATED / (1 - _SATURATED))
+
     def observe(self, load: Load, seconds: float) -> None:
         """A step with this load took so long."""
-        predicted = self.predict(load)
-        residual = seconds - sum(w * v for w, v in zip(self._weights, load.features(), strict=True))
+        values = load.features()
+        predicted = sum(weight * value for weight, value in zip(self._weights, values, strict=True))
+        # Errors count relative to the step's time: a small step is as good a witness as a large one.
+        scale = 1 / max(seconds, _SHORTEST)
+        residual = 1 - predicted * scale
         if self.ready:
-            self.error += (abs(predicted - seconds) / max(seconds, 1e-6) - self.error) / 50
-            limit = _BELIEVE * max(self._typical, 0.02 * seconds)
+            self.error += (abs(residual) - self.error) / 50
+            limit = _BELIEVE * max(self._typical, 0.02)
             residual = max(-limit, min(limit, residual))
-        self._typical += (abs(residual) - self._typical) / 50
-        self._learn(load.features(), residual)
+        self._typical += (min(abs(residual), 1.0) - self._typical) / 50
+        self._learn(tuple(value * scale for value in values), predicted * scale + residual)
         self.steps += 1
 
-    def _learn(self, values: tuple[float, ...], residual: float) -> None:
-        """One step of recursive least squares."""
-        spread = self._spread
-        reach = [sum(a * b for a, b in zip(row, values, strict=True)) for row in spread]
-        scale = _FORGET + sum(a * b for a, b in zip(reach, values, strict=True))
-        gain = [value / scale for value in reach]
-        for index, value in enumerate(gain):
-            self._weights[index] += value * residual
-            row = spread[index]
-            for column, other in enumerate(reach):
-                row[column] = (row[column] - value * other) / _FORGET
-            # What no step excites would be forgotten for ever: its uncertainty is bounded by the prior.
-            row[index] = min(row[index], _PRIOR)
+    def _learn(self, values: tuple[float, ...], target: float) -> None:
+        """Least squares over what is remembered, by a few rounds of coordinate descent from the last weights. No weight is
+        below zero, since nothing in a step gives time back; it keeps what is little known from telling nonsense."""
+        products, targets, weights = self._products, self._targets, self._weights
+        for index, value in enumerate(values):
+            row = products[index]
+            for column, other in enumerate(values):
+                row[column] = row[column] * _FORGET + value * other
+            targets[index] = targets[index] * _FORGET + value * target
+        for _ in range(_ROUNDS):
+            for index, row in enumerate(products):
+                if row[index] > 0:
+                    missing = targets[index] - sum(a * b for a, b in zip(row, weights, strict=True))
+                    weights[index] = max(0.0, weights[index] + missing / row[index])
 
     def save(self, path: Path) -> None:
         """Keep what was learned for the next start. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"weights": self._weights, "spread": self._spread, "typical": self._typical, "steps": self.steps}
+        state = {
+            "version": _VERSION,
+            "weights": self._weights,
+            "products": self._products,
+            "targets": self._targets,
+            "typical": self._typical,
+            "steps": self.steps,
+        }
         scratch = path.with_suffix(".new")
         scratch.write_text(json.dumps(state))
         scratch.replace(path)
@@ -108,9 +130,11 @@ class StepTime:
         model = cls()
         try:
             state = json.loads(path.read_text())
-            weights, spread = [float(w) for w in state["weights"]], [[float(v) for v in row] for row in state["spread"]]
-            if [len(weights)] * (len(weights) + 1) == [len(model._weights), *map(len, spread)]:
-                model._weights, model._spread = weights, spread
+            weights, targets = ([float(value) for value in state[name]] for name in ("weights", "targets"))
+            products = [[float(value) for value in row] for row in state["products"]]
+            size = len(model._weights)
+            if state["version"] == _VERSION and [len(weights), len(targets), *map(len, products)] == [size] * (size + 2):
+                model._weights, model._targets, model._products = weights, targets, products
                 model._typical, model.steps = float(state["typical"]), int(state["steps"])
         except (OSError, ValueError, KeyError, TypeError):
             pass

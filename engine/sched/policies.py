@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+from engine.sched.modes import Mode, ModeChooser
+from engine.sched.slo import SloControl
 from engine.sched.view import View
 from engine.types import Request, RequestState, Tenant
 
@@ -19,13 +21,15 @@ class Budget:
     """Most tokens one step may compute: in all, and for the offline tenant.
 
     Where online and offline share a step, offline rows are added only while the predicted time of the step stays within
-    `seconds`, or within `increase` (a share) of what it is without them.
+    `seconds`, or within `increase` (a share) of what it is without them. `decode_only`: of offline requests those one token
+    behind may take part, since what else fits is for parked passes.
     """
 
     tokens: int
     offline: int
     seconds: float | None = None
     increase: float | None = None
+    decode_only: bool = False
 
 
 class Policy(Protocol):
@@ -71,14 +75,35 @@ class SharedStep(OnlineFirst):
     `increase` (a share) longer than they would with their online rows alone.
     """
 
-    def __init__(self, tpot: float | None = None, increase: float = 0.05) -> None:
+    def __init__(
+        self,
+        tpot: float | None = None,
+        increase: float = 0.05,
+        control: SloControl | None = None,
+        modes: ModeChooser | None = None,
+    ) -> None:
+        """`control` scales these budgets by what online requests feel; `modes` says when nobody rides."""
         self._tpot = tpot
         self._increase = increase
+        self._control = control
+        self._modes = modes
 
     def budget(self, view: View) -> Budget:
-        if not view.unfinished(Tenant.ONLINE):
+        busy = view.unfinished(Tenant.ONLINE) > 0
+        if (self._modes is not None and self._modes.look(view.now, busy) is Mode.EXCLUSIVE) or not busy:
             return super().budget(view)
-        return Budget(view.max_tokens, view.max_tokens, self._tpot, None if self._tpot is not None else self._increase)
+        scale = 1.0 if self._control is None else self._control.scale
+        if self._tpot is not None:
+            return Budget(view.max_tokens, view.max_tokens, seconds=self._tpot * scale, decode_only=view.parked)
+        return Budget(view.max_tokens, view.max_tokens, increase=self._increase * scale, decode_only=view.parked)
+
+
+class Priority(OnlineFirst):
+    """Online rows first, then offline rows up to the token budget, however long that takes: the baseline of priorities."""
+
+    def budget(self, view: View) -> Budget:
+        tokens = 0 if view.parked else view.max_tokens
+        return Budget(tokens=tokens, offline=tokens)
 
 
 class Fcfs:
@@ -111,11 +136,19 @@ def _younger(running: Sequence[Request], request: Request) -> Iterator[Request]:
     return chain(reversed(after), (request,))
 
 
-def make_policy(name: str, *, tpot: float | None = None, increase: float = 0.05) -> Policy:
-    """The policy by the name its flag uses; the targets matter to "shared-step" alone."""
+def make_policy(
+    name: str,
+    *,
+    tpot: float | None = None,
+    increase: float = 0.05,
+    control: SloControl | None = None,
+    modes: ModeChooser | None = None,
+) -> Policy:
+    """The policy of that name; all else matters to "shared-step" alone."""
     if name == "shared-step":
-        return SharedStep(tpot, increase)
-    return Fcfs() if name == "fcfs" else OnlineFirst()
+        return SharedStep(tpot, increase, control, modes)
+    plain: dict[str, type[Policy]] = {"fcfs": Fcfs, "priority": Priority, "online-first": OnlineFirst}
+    return plain[name]()
 
 
-POLICIES = ("online-first", "shared-step", "fcfs")
+POLICIES = ("online-first", "shared-step", "priority", "fcfs")

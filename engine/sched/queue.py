@@ -7,16 +7,37 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Protocol
 
 from engine.types import Request
 
 
-class TenantQueue:
-    """A heap with lazy removal: push, peek and remove cost O(log n) however long the queue is."""
+class Queue(Protocol):
+    """What the scheduler and its policies need of the waiting requests of one tenant. See TenantQueue for what each does."""
 
-    def __init__(self) -> None:
+    def __len__(self) -> int: ...
+
+    def push(self, request: Request) -> None: ...
+
+    def peek(self) -> Request | None: ...
+
+    def remove(self, request: Request) -> None: ...
+
+    def forget(self, request: Request) -> None: ...
+
+    def heads(self) -> Iterator[Request]: ...
+
+
+class TenantQueue:
+    """A heap with lazy removal: push, peek and remove cost O(log n) however long the queue is.
+
+    `behind`: another queue, whose places those requests keep here that it knows.
+    """
+
+    def __init__(self, behind: TenantQueue | None = None) -> None:
         self._heap: list[tuple[int, int, Request]] = []
-        self._place: dict[Request, int] = {}  # sequence number of every request pushed and not forgotten
+        # Sequence number of every request pushed and not forgotten.
+        self._place: dict[Request, int] = {} if behind is None else behind._place
         self._waiting: set[Request] = set()
         self._next = 0
 

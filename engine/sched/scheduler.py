@@ -17,10 +17,12 @@ from engine.memory.manager import KVManager
 from engine.sched.latency import Load, StepTime
 from engine.sched.parked import ParkedPasses
 from engine.sched.plan import Checkpoint, PlanRow, RowResult, StepPlan, StepResult
-from engine.sched.policies import Budget, Policy
+from engine.sched.policies import Policy
 from engine.sched.predictor import OutputLengths, peak_tokens
-from engine.sched.queue import TenantQueue
+from engine.sched.queue import Queue, TenantQueue
+from engine.sched.room import StepRoom
 from engine.sched.rotation import Rotation
+from engine.sched.trie import PrefixesComing, PrefixQueue
 from engine.sched.view import View
 from engine.types import FinishReason, Grammar, Guide, Request, RequestState, Submit, Tenant, TokenLogprob, TokenOut, uniform
 
@@ -39,57 +41,6 @@ class TenantCounters:
     lost_tokens: int = 0  # whose KV the preempted requests had
 
 
-class _Step:
-    """The budgets and rows of the step being built. Lives for one `schedule` call."""
-
-    def __init__(self, budget: Budget, step_time: StepTime) -> None:
-        self.left = budget.tokens
-        self.left_offline = min(budget.offline, budget.tokens)
-        self.rows: list[PlanRow] = []
-        self.placed: set[str] = set()
-        self._budget = budget
-        self._step_time = step_time
-        self._load = Load()
-        self._seconds: float | None = None  # what the step may take, known once its online rows are
-
-    def room(self, request: Request) -> int:
-        """Tokens of this request that may be computed, at most those whose KV it lacks."""
-        if request.tenant is Tenant.ONLINE:
-            return self.left
-        wanted = min(self.left_offline, len(request.tokens) - request.num_computed)
-        shared = self._load.tokens and (self._budget.seconds is not None or self._budget.increase is not None)
-        return self._that_fit(request.num_computed, wanted) if shared and wanted > 0 else wanted
-
-    def _that_fit(self, start: int, wanted: int) -> int:
-        """The most tokens from `start` on that keep the step within its time; none while the model knows too little."""
-        if not self._step_time.ready:
-            return 0
-        if self._seconds is None:
-            alone = self._step_time.predict(self._load)
-            self._seconds = (
-                self._budget.seconds if self._budget.seconds is not None else alone * (1 + (self._budget.increase or 0))
-            )
-        low, high = 0, wanted
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._step_time.predict(self._load.plus(start, middle)) <= self._seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
-    def add(self, row: PlanRow) -> None:
-        self.left -= row.count
-        if row.tenant is Tenant.OFFLINE:
-            self.left_offline -= row.count
-        if self.left_offline > self.left:
-            self.left_offline = self.left
-        if self._budget.seconds is not None or self._budget.increase is not None:
-            self._load = self._load.plus(row.start, row.count)
-        self.rows.append(row)
-        self.placed.add(row.request_id)
-
-
 class Scheduler:
     """All requests of one engine core."""
 
@@ -106,8 +57,12 @@ class Scheduler:
         step_time: StepTime | None = None,
         max_parked_tokens: int = 16384,
         open_guide: Callable[[Grammar], Guide] | None = None,
+        max_alone_tokens: int | None = None,
+        prefix_order: bool = False,
     ) -> None:
-        """`max_parked_tokens`: most tokens whose hidden states are kept in passes stopped between layers."""
+        """`max_parked_tokens`: most tokens whose hidden states are kept in passes stopped between layers. `max_alone_tokens`:
+        most tokens of a step without online rows, of which it uses what makes it faster. `prefix_order`: offline requests
+        that share beginnings go one after the other."""
         self.kv = kv
         self.policy = policy
         self.clock = clock
@@ -120,19 +75,24 @@ class Scheduler:
         self.counters = {tenant: TenantCounters() for tenant in Tenant}
         self._requests: dict[str, Request] = {}
         self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
-        self._waiting = {tenant: TenantQueue() for tenant in Tenant}
+        self._waiting: dict[Tenant, Queue] = {tenant: TenantQueue() for tenant in Tenant}
+        self._coming: PrefixesComing | None = None
+        if prefix_order:
+            self._waiting[Tenant.OFFLINE], self._coming = PrefixQueue(kv.page_size), PrefixesComing()
         self.rotation = Rotation(kv, self.step_time)
         self._lengths = OutputLengths()
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._lost: dict[str, int] = {}  # computed tokens a preempted request had, until it is admitted again
-        self.parked = ParkedPasses(max(max_parked_tokens, max_num_batched_tokens))
+        self._max_alone_tokens = max_alone_tokens or max_num_batched_tokens
+        self.parked = ParkedPasses(max(max_parked_tokens, max_num_batched_tokens, self._max_alone_tokens))
+        self.slack = 0.0  # seconds that the latest step, if shared, leaves of what it may take
         self._step = 0
         self._most_tokens = 0  # KV that the running requests hold if all run to their bounds, a wasted page each included
 
     # -- requests come and go
 
-    def add(self, submit: Submit) -> Request:
-        """Queue a request. The caller has checked that its prompt fits max_model_len."""
+    def add(self, submit: Submit, arrival: float | None = None) -> Request:
+        """Queue a request, which arrived now or earlier. The caller has checked that its prompt fits max_model_len."""
         assert submit.id not in self._requests, submit.id
         params = submit.params
         longest = self.max_model_len if params.max_tokens is None else len(submit.prompt) + params.max_tokens
@@ -150,7 +110,7 @@ class Scheduler:
             # A grammar says itself where the output ends, with an end-of-sequence token.
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos and not guide else self.eos_ids),
             max_len=min(longest, self.max_model_len),
-            arrival=self.clock.now(),
+            arrival=self.clock.now() if arrival is None else arrival,
             priority=submit.priority,
             cache_salt=submit.cache_salt,
             guide=guide,
@@ -183,13 +143,14 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run."""
         view = self._view()
-        step = _Step(self.policy.budget(view), self.step_time)
+        step = StepRoom(self.policy.budget(view), self.step_time)
         if step.left:
             for request in self.policy.order(view):
                 if step.room(request) > 0:
                     self._place(request, step, view)
                 if not step.left:
                     break
+        self.slack = step.slack()
         if not step.rows:
             return None
         self._step += 1
@@ -241,7 +202,7 @@ class Scheduler:
     def _others_could_run(self, plan: StepPlan, *, seat_freed: bool) -> bool:
         """Whether the policy might run anybody beside or instead of the plan's rows, were it asked now."""
         view = self._view()
-        step = _Step(self.policy.budget(view), self.step_time)
+        step = StepRoom(self.policy.budget(view), self.step_time)
         planned = {row.request_id for row in plan.rows}
         full = not seat_freed and sum(map(len, self._running.values())) >= self.max_num_seqs
         for request in self.policy.order(view):
@@ -251,14 +212,18 @@ class Scheduler:
         return False
 
     def _view(self) -> View:
-        most = self.max_num_batched_tokens
-        parked = len(self.parked) > 0
-        alone = most
-        if parked:
-            alone = min(most, self.parked.room) if self.parked.outranked_by(self._waiting[Tenant.OFFLINE].peek()) else 0
-        return View(self.clock.now(), self._running, self._waiting, most, alone, parked)
+        most, alone = self.max_num_batched_tokens, self._alone_tokens()
+        return View(self.clock.now(), self._running, self._waiting, most, alone, len(self.parked) > 0)
 
-    def _place(self, request: Request, step: _Step, view: View) -> None:
+    def _alone_tokens(self) -> int:
+        """Most tokens of a step of offline rows only; none if a parked pass goes first."""
+        if self.parked and not self.parked.outranked_by(self._waiting[Tenant.OFFLINE].peek()):
+            return 0
+        most, least = self._max_alone_tokens, self.max_num_batched_tokens
+        fastest = self.step_time.saturating_tokens() if most > least else most
+        return min(most, max(least, fastest), self.parked.room)
+
+    def _place(self, request: Request, step: StepRoom, view: View) -> None:
         if request.state is RequestState.WAITING and not self._admit(request, step, view):
             return
         if request.restoring:
@@ -305,12 +270,14 @@ class Scheduler:
                 ids += (last,)
         return ids
 
-    def _admit(self, request: Request, step: _Step, view: View) -> bool:
+    def _admit(self, request: Request, step: StepRoom, view: View) -> bool:
         """Start a waiting request: pages for all its tokens, and a place among the running ones."""
         if request.guide is not None and not request.guide.ready:
             return False
         victims = [v for v in self.policy.victims(view, request) if v.id not in step.placed]
         prefix = self.kv.find_prefix(request)
+        if self._coming is not None and request.tenant is Tenant.OFFLINE and self._coming.awaited(request, len(prefix)):
+            return False
         if not self._fits(request, prefix, frozenset(victims)):
             return False
         crowd = max(0, sum(map(len, self._running.values())) + 1 - self.max_num_seqs)
@@ -338,6 +305,8 @@ class Scheduler:
         self._most_tokens += request.max_len + self.kv.page_size
         if not request.restoring:
             self._count_recomputed(request)
+        if self._coming is not None and request.tenant is Tenant.OFFLINE:
+            self._coming.started(request, (num_cached + num_copied) // self.kv.page_size)
         if request.started is None:
             request.num_cached = num_cached + num_copied
             request.queued = self.clock.now() - request.arrival
@@ -380,7 +349,7 @@ class Scheduler:
         sizes = [(len(r.tokens) + page, to_come(r)) for r in (*others, request)]
         return peak_tokens(sizes) <= (self.kv.capacity + shared) * page
 
-    def _grow(self, request: Request, num_tokens: int, step: _Step, view: View) -> bool:
+    def _grow(self, request: Request, num_tokens: int, step: StepRoom, view: View) -> bool:
         """Pages for the tokens of a running request, at the cost of those who give way to it, itself last."""
         while not self.kv.grow(request, num_tokens):
             victim = next((v for v in self.policy.victims(view, request) if v.id not in step.placed), None)
@@ -410,6 +379,8 @@ class Scheduler:
 
     def _stop_running(self, request: Request) -> None:
         self._running[request.tenant].remove(request)
+        if self._coming is not None:
+            self._coming.done(request)
         self._most_tokens -= request.max_len + self.kv.page_size
 
     def lose_slab(self, slab: int) -> list[Request]:
@@ -495,6 +466,8 @@ class Scheduler:
         request.num_computed = end = row.start + row.count
         if end % self.kv.page_size == 0 or row.count > 1:
             self.kv.commit(request)
+        if self._coming is not None and row.start < row.num_prompt <= end:
+            self._coming.done(request)
         if result.prompt_logprobs and request.id in self._prompt_logprobs:
             self._prompt_logprobs[request.id].extend(result.prompt_logprobs)
         if result.token is None:

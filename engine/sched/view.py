@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from engine.sched.queue import TenantQueue
+from engine.sched.queue import Queue
 from engine.types import Request, RequestState, Tenant
 
 
@@ -20,7 +20,7 @@ class View:
 
     now: float
     running: Mapping[Tenant, Sequence[Request]]
-    waiting: Mapping[Tenant, TenantQueue]
+    waiting: Mapping[Tenant, Queue]
     max_tokens: int
     alone_tokens: int
     parked: bool

@@ -52,7 +52,7 @@ def engine_for(folder: Path, **options) -> Engine:
         window[free] = float("nan")
 
     core.sync = spoil
-    if config.policy != "shared-step":
+    if config.sharing != "step":
         core.scheduler.step_time.steps = 0
         core.scheduler.learn = lambda plan, seconds: None  # type: ignore[method-assign]
     return engine
@@ -64,7 +64,7 @@ def engine_for(folder: Path, **options) -> Engine:
         pytest.param({}, id="room-for-all-copies"),
         pytest.param({"host_kv_memory": 5 * PAGE}, id="room-for-few"),
         pytest.param({"enable_prefix_caching": False}, id="no-prefix-cache"),
-        pytest.param({"policy": "shared-step"}, id="shared-step"),
+        pytest.param({"sharing": "step"}, id="shared-step"),
     ],
 )
 def test_same_tokens_when_offline_work_gives_way_again_and_again(folder, cases, options):

@@ -44,13 +44,15 @@ class Life(RuleBasedStateMachine):
         batch=st.integers(1, 24),
         caching=st.booleans(),
         ahead=st.booleans(),
+        prefix_order=st.booleans(),
         protected=st.integers(0, 3),  # what remains when one slab is away and the longest request has its pages
         slots=st.sampled_from([0, 1, 3, 8, 40]),
         warm=st.booleans(),
     )
     def build(
-        self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, ahead: bool, protected: int, slots: int, warm: bool
-    ) -> None:
+        self, policy: str, slabs: int, seqs: int, batch: int, caching: bool, ahead: bool, prefix_order: bool,
+        protected: int, slots: int, warm: bool,
+    ) -> None:  # fmt: skip
         clock = ManualClock()
         self.runner = FakeRunner(num_layers=3, vocab_size=VOCAB, page_size=PAGE, clock=clock, asynchronous=ahead)
         self.pool = PagePool(slabs, 3)
@@ -59,6 +61,7 @@ class Life(RuleBasedStateMachine):
         kv = KVManager(self.pool, PAGE, prefix_caching=caching, protected=protected, host=host)
         self.scheduler = Scheduler(
             kv, make_policy(policy), clock, max_num_seqs=seqs, max_num_batched_tokens=batch, max_model_len=self.longest,
+            max_alone_tokens=2 * batch, prefix_order=prefix_order,
             step_time=experienced() if warm else None,
         )  # fmt: skip
         self.copier = self.runner.copier(slots, 1e-6) if slots else None

@@ -1,0 +1,443 @@
+"""One model for both tenants: `python -m bench.colocation --sharing [ablation|order|response|slo|modes]`.
+
+In one process, so that all arms run on the same loaded model: each window gets a core and a loop of its own, requests go in by
+`EngineLoop.put` when the trace says so, and tokens are timed where they leave the loop. Arms take turns, round after round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.colocate.stats import quantile
+from bench.colocate.workload import Backlog, Cost, Planned, at_rate, choose_windows, fit_rate, plan, scale_lengths
+from bench.engine import machine
+from bench.traces import PromptMaker, generate_trace
+from engine.build import build_core, load_model, step_time_file
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import EngineDead
+from engine.loop import EngineLoop
+from engine.sched.plan import PlanRow, StepPlan
+from engine.sched.policies import make_policy
+from engine.sched.stopping import LAYER_BUCKETS
+from engine.types import SamplingParams, Submit, Tenant, TokenOut
+
+WHAT = ("ablation", "order", "response", "slo", "modes")
+TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.5)
+METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
+ALONE, PRIORITY, BUDGET, LAYERS, COPIES = "online only", "priority", "+ budget", "+ layer preemption", "+ host copies"
+TRACES = {"chat": (1.0, 48, 32), "code": (3.0, 128, 6)}  # burstiness of the gaps; median prompt and output tokens
+
+
+@dataclass(slots=True)
+class Window:
+    """One arm's share of one round, raw. Times in seconds."""
+
+    arm: str
+    seconds: float = 0.0
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
+    offline_tokens: int = 0  # processed, prompts and outputs, those computed again not counted twice
+    recomputed: int = 0
+    responses: list[int] = field(default_factory=list)
+    scale: float = 1.0
+    mode: str = ""
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Traffic:
+    """One window on its way through a loop: online by the clock, offline kept at `depth` in flight."""
+
+    def __init__(self, core: EngineCore, requests: Sequence[Planned], backlog: Callable[[], Submit] | None, depth: int) -> None:
+        self._core, self._requests, self._next, self._depth = core, requests, backlog, depth
+        core.close = lambda: None  # type: ignore[method-assign]  # the model is needed again
+        self._sent: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._left = len(requests)
+        self._open = True
+        self._done = threading.Event()
+        self.window = Window("")
+        self.loop = EngineLoop(core, self._saw, self._died)
+
+    def _died(self, error: EngineDead) -> None:
+        self._done.set()
+        raise error
+
+    def run(self, warm: float, seconds: float) -> Window:
+        """Offline alone for `warm` seconds, then the window; returns when all online requests are over."""
+        for _ in range(self._depth if self._next is not None else 0):
+            self.loop.put(self._next())  # type: ignore[misc]
+        time.sleep(warm)
+        counters = self._core.scheduler.counters[Tenant.OFFLINE]
+        before, recomputed = counters.computed_tokens, counters.recomputed_tokens
+        began = time.perf_counter()
+        for number, request in enumerate(self._requests):
+            time.sleep(max(0.0, began + request.arrival_s - time.perf_counter()))
+            name = f"on-{number}"
+            self._sent[name] = time.perf_counter()
+            self.loop.put(submit(name, Tenant.ONLINE, request.prompt, request.output_tokens))
+        time.sleep(max(0.0, began + seconds - time.perf_counter()))
+        window = self.window
+        window.seconds = time.perf_counter() - began
+        window.recomputed = counters.recomputed_tokens - recomputed
+        window.offline_tokens = counters.computed_tokens - before - window.recomputed
+        self._open = False
+        if self._left:
+            self._done.wait(60)
+        self.loop.close()
+        window.responses = list(self._core.stop_rule.responses.counts)
+        window.scale = self._core.meter.control.scale if self._core.meter else 1.0
+        window.mode = self._core.mode.value
+        window.outputs |= {name: tuple(tokens) for name, tokens in self._tokens.items() if name in window.outputs}
+        return window
+
+    def _saw(self, outs: list[TokenOut]) -> None:
+        now = time.perf_counter()
+        for out in outs:
+            tokens = self._tokens.setdefault(out.id, [])
+            if out.token is not None:
+                tokens.append(out.token)
+            online = out.id in self._sent
+            if online and out.id not in self._first:
+                self._first[out.id] = now
+                self.window.ttft.append(now - self._sent[out.id])
+            if out.finish_reason is None:
+                continue
+            self.window.outputs[out.id] = ()
+            if online:
+                if len(tokens) > 1:
+                    self.window.tpot.append((now - self._first[out.id]) / (len(tokens) - 1))
+                self._left -= 1
+                if not self._left:
+                    self._done.set()
+            elif self._open and self._next is not None:
+                self.loop.put(self._next())
+
+
+def submit(name: str, tenant: Tenant, prompt: Sequence[int], output: int) -> Submit:
+    """Every third request is sampled with a seed, the others are greedy."""
+    seed = hash(tuple(prompt)) % 1000
+    params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.8 if seed % 3 == 0 else 0.0, seed=seed)
+    return Submit(id=name, tenant=tenant, prompt=tuple(prompt), params=params, seed=seed)
+
+
+class Rig:
+    """The loaded model, its costs, and traffic fitted to it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.config = EngineConfig(model=args.online_model, kv_cache_memory=args.sharing_kv_memory, host_kv_memory=1 << 30)
+        self.built = load_model(self.config)
+        self._used = False  # its window is mapped
+        self.prompts = PromptMaker(self.built.spec.vocab_size, args.seed)
+        self._pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.unequal: list[str] = []
+        say("learning step times")
+        self.run("warm-up", {}, [], warm=8.0)
+        self.cost = self._calibrate()
+
+    def core(self, options: dict[str, Any]) -> EngineCore:
+        """A core with these options of the engine; `policy`: a baseline by name, `layers`: False stops no pass, `copies`."""
+        options = dict(options)
+        policy, layers, copies = options.pop("policy", None), options.pop("layers", True), options.pop("copies", False)
+        built = self.built if copies else replace(self.built, copier=None)
+        if self._used and built.window is not None:
+            for slab in range(built.num_slabs):
+                built.window.unmap(slab)
+        self._used = True
+        core = build_core(self.config.with_options(**options), built)
+        if policy is not None:
+            core.scheduler.policy = make_policy(policy)
+        core.interrupted = (lambda: False) if not layers else core.interrupted
+        return core
+
+    def run(
+        self, arm: str, options: dict[str, Any], requests: Sequence[Planned], *, warm: float = 1.5, seconds: float = 0.0,
+        offline: bool = True, key: str = "",
+    ) -> Window:  # fmt: skip
+        core = self.core(options)
+        made = Backlog(self.built.spec.vocab_size, 160, 32, self.args.seed + 1)
+        numbers = iter(range(1 << 30))
+
+        def more() -> Submit:
+            prompt, output = made.next()
+            return submit(f"off-{next(numbers)}", Tenant.OFFLINE, prompt, output)
+
+        traffic = Traffic(core, requests, more if offline else None, self.args.sharing_depth)
+        if options.get("layers", True):
+            core.interrupted, core.waiting = traffic.loop.online_at_the_door, traffic.loop.waiting
+        window = traffic.run(warm, seconds)
+        window.arm = arm
+        core.scheduler.step_time.save(step_time_file(self.config, self.built))
+        self._compare(arm, key, window)
+        return window
+
+    def _compare(self, arm: str, key: str, window: Window) -> None:
+        """Whoever answered a request before must have answered the same."""
+        known = self._pairs.setdefault(key, {})
+        for name, tokens in window.outputs.items():
+            if known.setdefault(name, tokens) != tokens:
+                self.unequal.append(f"{arm} {key} {name}")
+
+    def _calibrate(self) -> Cost:
+        """What an online request costs alone, from the model of step times."""
+        from engine.sched.latency import Load
+
+        model = self.core({}).scheduler.step_time
+        first, long = model.predict(Load().plus(0, 16)), model.predict(Load().plus(0, 272))
+        return Cost(first, max(0.0, (long - first) / 256), model.predict(Load().plus(64, 1)))
+
+    def windows(self, trace: str, load: float, seconds: float, count: int) -> list[list[Planned]]:
+        """Windows of a trace that keep online busy for this share of the time."""
+        burstiness, prompt, output = TRACES[trace]
+        made = generate_trace(
+            rate=1.0, seconds=1000.0, burstiness=burstiness, prompt_tokens=prompt, output_tokens=output, seed=self.args.seed
+        )
+        made = scale_lengths(made, 1.0, 1.0)
+        fitted = at_rate(made, fit_rate(made, self.cost, load, seconds, 8 * count))
+        return [plan(window, self.prompts) for window in choose_windows(fitted, self.cost, load, seconds, count)]
+
+
+# -- tables
+
+
+def pooled(windows: Sequence[Window]) -> dict[str, float]:
+    """All rounds of an arm together; milliseconds and tokens per second."""
+    ttft = [value for window in windows for value in window.ttft]
+    tpot = [value for window in windows for value in window.tpot]
+    seconds = sum(window.seconds for window in windows)
+    return {
+        "requests": len(ttft),
+        "mean-ttft": 1e3 * statistics.fmean(ttft) if ttft else math.nan,
+        "p99-ttft": 1e3 * quantile(ttft, 0.99),
+        "mean-tpot": 1e3 * statistics.fmean(tpot) if tpot else math.nan,
+        "p99-tpot": 1e3 * quantile(tpot, 0.99),
+        "offline": sum(window.offline_tokens for window in windows) / max(seconds, 1e-9),
+        "recomputed": sum(window.recomputed for window in windows),
+    }
+
+
+def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str, load: float, seconds: float) -> dict[str, list[Window]]:
+    """Every arm on every window, the order turning."""
+    windows: dict[str, list[Window]] = {arm: [] for arm in arms}
+    for number, requests in enumerate(rig.windows(trace, load, seconds, rig.args.rounds)):
+        names = list(arms)
+        shift = number * 2 % len(names)
+        for arm in names[shift:] + names[:shift]:
+            options = dict(arms[arm])
+            offline = options.pop("offline", True)
+            window = rig.run(arm, options, requests, seconds=seconds, offline=offline, key=f"{trace} {load} {number}")
+            windows[arm].append(window)
+            values = pooled([window])
+            say(f"{trace} round {number} {arm}: TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, "
+                f"offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}")  # fmt: skip
+    return windows
+
+
+def ablation(rig: Rig) -> list[str]:
+    """ConServe's table: what each part adds."""
+    args = rig.args
+    step = {"sharing": "step", "slo_increase": args.tolerance}
+    arms: dict[str, dict[str, Any]] = {
+        ALONE: {"offline": False},
+        PRIORITY: {"policy": "priority", "layers": False, "offline_max_batched_tokens": 512},
+        BUDGET: step | {"layers": False},
+        LAYERS: step,
+        COPIES: step | {"copies": True},
+    }
+    lines = ["## What each part adds", "", f"Tolerance {args.tolerance:.0%}.", ""]
+    for trace in args.traces:
+        found = rounds(rig, arms, trace, args.load, args.sharing_seconds)
+        lines += [f"{trace}, online load {args.load:.0%}:", "", *_head("arm", "recomputed")]
+        lines += [_row(arm, pooled(windows), "recomputed") for arm, windows in found.items()]
+        base, best = pooled(found[PRIORITY]), pooled(found[LAYERS])
+        tails = ", ".join(f"{name} x{best[name] / base[name]:.2f}" for name in ("p99-ttft", "p99-tpot"))
+        lines += ["", f"Offline against priority alone: x{best['offline'] / max(base['offline'], 1e-9):.2f}; {tails}.", ""]
+    return lines
+
+
+def modes(rig: Rig) -> list[str]:
+    """Whether `auto` is as good as the better of the two on each trace."""
+    args = rig.args
+    arms = {name: {"sharing": name, "slo_increase": args.tolerance} for name in ("exclusive", "step", "auto")}
+    lines = ["## Choice of mode", "", f"Tolerance {args.tolerance:.0%}.", ""]
+    for trace in args.traces:
+        found = rounds(rig, {ALONE: {"offline": False}} | arms, trace, args.load, args.sharing_seconds)
+        lines += [f"{trace}, online load {args.load:.0%}:", "", *_head("arm", "requests")]
+        lines += [_row(arm, pooled(windows), "requests") for arm, windows in found.items()]
+        best = max(pooled(found[name])["offline"] for name in ("exclusive", "step"))
+        lines += ["", f"auto has {pooled(found['auto'])['offline'] / best:.1%} of the better one's offline tokens.", ""]
+    return lines
+
+
+def slo(rig: Rig) -> list[str]:
+    """HyGen's table: increase wanted, increase got, and what offline has of it."""
+    args = rig.args
+    lines = ["## Tolerance and what it yields", ""]
+    for trace in args.traces:
+        arms: dict[str, dict[str, Any]] = {ALONE: {"offline": False}}
+        for metric in args.metrics:
+            for tolerance in args.tolerances:
+                arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
+        found = rounds(rig, arms, trace, args.load, args.sharing_seconds)
+        alone = pooled(found[ALONE])
+        lines += [f"{trace}, online load {args.load:.0%}:", ""]
+        lines += ["| target | got | offline tok/s | scale at the end |", "|---|--:|--:|--:|"]
+        for arm, windows in found.items():
+            if arm == ALONE:
+                continue
+            metric, values = arm.split()[0], pooled(windows)
+            scale = statistics.fmean(window.scale for window in windows)
+            lines.append(f"| {arm} | {values[metric] / alone[metric] - 1:+.1%} | {values['offline']:.0f} | {scale:.2f} |")
+        lines.append("")
+    return lines
+
+
+def order(rig: Rig) -> list[str]:
+    """A job whose prompts begin alike in groups, lines shuffled, with less KV memory than the beginnings need."""
+    rng = random.Random(rig.args.seed)
+    vocabulary = rig.built.spec.vocab_size
+    heads = [rng.choices(range(vocabulary), k=192) for _ in range(rig.args.groups)]
+    prompts = [head + rng.choices(range(vocabulary), k=24) for head in heads for _ in range(rig.args.members)]
+    rng.shuffle(prompts)
+    lines = ["## Offline order", "", f"{len(prompts)} lines of {len(prompts[0])} tokens in {len(heads)} groups that share 192, "
+             f"{rig.args.sharing_window} in flight, KV memory for {rig.args.order_tokens:,} tokens.", "",
+             "| order | prompt tokens computed | seconds | lines/s |", "|---|--:|--:|--:|"]  # fmt: skip
+    spent: dict[str, list[tuple[int, float]]] = {"fcfs": [], "prefix": []}
+    for number in range(rig.args.rounds):
+        for name in sorted(spent, reverse=bool(number % 2)):
+            spent[name].append(_job(rig, name, prompts, number))
+            say(f"order {name}: {spent[name][-1]}")
+    for name, runs in spent.items():
+        computed, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
+        lines.append(f"| {name} | {computed:,.0f} | {seconds:.1f} | {len(prompts) / seconds:.1f} |")
+    return [*lines, ""]
+
+
+def _job(rig: Rig, name: str, prompts: Sequence[Sequence[int]], number: int) -> tuple[int, float]:
+    """Prompt tokens computed and seconds of a job in this order."""
+    core = rig.core({"offline_order": name, "max_num_seqs": 16})
+    slabs = max(1, rig.args.order_tokens // (rig.built.pages_per_slab * rig.config.page_size))
+    for slab in range(slabs, rig.built.num_slabs):
+        core.scheduler.lose_slab(slab)
+    waiting, began = list(enumerate(prompts)), time.perf_counter()
+    outputs: dict[str, list[int]] = {}
+    while waiting or core.has_work:
+        while waiting and core.scheduler.unfinished(Tenant.OFFLINE) < rig.args.sharing_window:
+            line, prompt = waiting.pop(0)
+            core.submit(submit(str(line), Tenant.OFFLINE, prompt, 4))
+        for out in core.step():
+            outputs.setdefault(out.id, []).append(out.token or 0)
+    seconds = time.perf_counter() - began
+    rig._compare(name, "order", Window(name, outputs={line: tuple(tokens) for line, tokens in outputs.items()}))
+    counters = core.scheduler.counters[Tenant.OFFLINE]
+    return counters.computed_tokens - counters.generated_tokens + len(prompts), seconds
+
+
+def response(rig: Rig) -> list[str]:
+    """Layers from an arrival to the stop, and what looking costs when nobody comes."""
+    rng = random.Random(rig.args.seed)
+    short = [Planned(0.4 * n + rng.uniform(0, 0.2), tuple(rng.choices(range(1000), k=16)), 2) for n in range(rig.args.arrivals)]
+    window = rig.run("response", {}, short, seconds=0.4 * rig.args.arrivals, key="response")
+    bounds = [*map(str, LAYER_BUCKETS), "more"]
+    counts = {bound: count for bound, count in zip(bounds, window.responses, strict=True) if count}
+    ratios, looks = _polling(rig)
+    return [
+        "## Stopping an offline pass", "",
+        f"{sum(counts.values())} passes stopped, by layers from the arrival to the stop: "
+        + ", ".join(f"{bound}: {count}" for bound, count in counts.items())
+        + f" (of {rig.built.runner.num_layers}). TTFT p50 {1e3 * quantile(window.ttft, 0.5):.1f} ms, "
+        f"p99 {1e3 * quantile(window.ttft, 0.99):.1f} ms.",
+        f"Looking between layers when nobody comes: {statistics.median(ratios) - 1:+.2%} of a step of 64 tokens "
+        f"(median of {len(ratios)} pairs, quartiles {quantile(ratios, 0.25) - 1:+.2%} to {quantile(ratios, 0.75) - 1:+.2%}); "
+        f"{looks * 1e6:.2f} us a look.", "",
+    ]  # fmt: skip
+
+
+def _polling(rig: Rig) -> tuple[list[float], float]:
+    """Times of equal steps with and without looking, in pairs; and the seconds of one look."""
+    core = rig.core({})
+    loop = EngineLoop(core, lambda outs: None, lambda error: None)
+    core.close = lambda: None  # type: ignore[method-assign]
+    core.interrupted, core.waiting = loop.online_at_the_door, loop.waiting
+    tokens = tuple(range(64))
+    row = PlanRow("x", Tenant.OFFLINE, tokens, 64, 0, 64, (0, 1, 2, 3), True, SamplingParams(temperature=0.0), 0.0)
+    runner, ratios = rig.built.runner, []
+    for number in range(rig.args.pairs):
+        took = {}
+        for looking in (True, False) if number % 2 else (False, True):
+            began = time.perf_counter()
+            runner.collect(runner.launch(StepPlan(1, (row,), preemptible=True), core._stop if looking else None))
+            took[looking] = time.perf_counter() - began
+        ratios.append(took[True] / took[False])
+    began = time.perf_counter()
+    for _ in range(10_000):
+        core._stop(1)
+    look = (time.perf_counter() - began) / 10_000
+    loop.close()
+    return ratios, look
+
+
+def _head(first: str, last: str) -> list[str]:
+    return [f"| {first} | TTFT mean ms | p99 | TPOT mean ms | p99 | offline tok/s | {last} |", "|---|--:|--:|--:|--:|--:|--:|"]
+
+
+def _row(name: str, values: dict[str, float], last: str) -> str:
+    cells = [f"{values[metric]:.1f}" for metric in METRICS]
+    return f"| {name} | {' | '.join(cells)} | {values['offline']:.0f} | {values[last]:.0f} |"
+
+
+# -- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from engine.config import parse_bytes
+
+    group = parser.add_argument_group("one model for both tenants")
+    group.add_argument("--sharing", choices=WHAT, help="measure this instead: one model, shared steps")
+    group.add_argument("--traces", nargs="+", choices=tuple(TRACES), default=list(TRACES))
+    group.add_argument("--load", type=float, default=0.5, help="share of the time that online is busy alone")
+    group.add_argument("--tolerance", type=float, default=0.2, help="by which online may get slower")
+    group.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES), help="for the table of tolerances")
+    group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    group.add_argument("--sharing-seconds", type=float, default=12.0, help="of each window")
+    group.add_argument("--sharing-depth", type=int, default=48, help="offline requests in flight")
+    group.add_argument("--sharing-kv-memory", type=parse_bytes, default=parse_bytes("512MiB"))
+    group.add_argument("--groups", type=int, default=24, help="order: beginnings that lines share")
+    group.add_argument("--members", type=int, default=8, help="order: lines for each of them")
+    group.add_argument("--order-tokens", type=int, default=6144, help="order: tokens of KV memory")
+    group.add_argument("--sharing-window", type=int, default=96, help="order: lines in flight")
+    group.add_argument("--arrivals", type=int, default=60, help="response: online requests")
+    group.add_argument("--pairs", type=int, default=200, help="response: pairs of steps")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure one table, print it, and keep it in `args.out`."""
+    rig = Rig(args)
+    text = {"ablation": ablation, "order": order, "response": response, "slo": slo, "modes": modes}[args.sharing](rig)
+    compared = sum(map(len, rig._pairs.values()))
+    text += [f"Outputs: {compared} requests, {len(rig.unequal)} answered differently by some arm{': ' if rig.unequal else '.'}"
+             + ", ".join(rig.unequal[:5]), ""]  # fmt: skip
+    about = machine()
+    head = [f"{about['cpu']}, {about['cores']} cores; {rig.built.path.name}; step times mispredicted by "
+            f"{rig.core({}).scheduler.step_time.error:.1%}; {asdict(rig.cost)}", ""]  # fmt: skip
+    folder: Path = args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{args.sharing}.md").write_text("\n".join(head + text), encoding="utf-8")
+    print("\n".join(head + text))
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

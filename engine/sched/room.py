@@ -1,0 +1,71 @@
+"""StepRoom: what the step being built may still hold, in tokens and in time. Lives for one `Scheduler.schedule` call."""
+
+from __future__ import annotations
+
+from engine.sched.latency import Load, StepTime
+from engine.sched.plan import PlanRow
+from engine.sched.policies import Budget
+from engine.types import Request, Tenant
+
+
+class StepRoom:
+    """The budgets and rows of the step being built. Lives for one `schedule` call."""
+
+    def __init__(self, budget: Budget, step_time: StepTime) -> None:
+        self.left = budget.tokens
+        self.left_offline = min(budget.offline, budget.tokens)
+        self.rows: list[PlanRow] = []
+        self.placed: set[str] = set()
+        self._budget = budget
+        self._step_time = step_time
+        self._load = Load()
+        self._seconds: float | None = None  # what the step may take, known once its online rows are
+        self._timed = budget.seconds is not None or budget.increase is not None
+
+    def room(self, request: Request) -> int:
+        """Tokens of this request that may be computed, at most those whose KV it lacks."""
+        if request.tenant is Tenant.ONLINE:
+            return self.left
+        wanted = min(self.left_offline, len(request.tokens) - request.num_computed)
+        if not self._timed or not self._load.tokens or wanted <= 0:
+            return wanted
+        if self._budget.decode_only and len(request.tokens) - request.num_computed > 1:
+            return 0
+        return self._that_fit(request.num_computed, wanted)
+
+    def slack(self) -> float:
+        """Seconds that the step leaves of what it may take; none unless it is a shared one."""
+        if not self._timed or not self._load.tokens or not self._step_time.ready:
+            return 0.0
+        return max(0.0, self._allowed() - self._step_time.predict(self._load))
+
+    def _that_fit(self, start: int, wanted: int) -> int:
+        """The most tokens from `start` on that keep the step within its time; none while the model knows too little."""
+        if not self._step_time.ready:
+            return 0
+        low, high, allowed = 0, wanted, self._allowed()
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._step_time.predict(self._load.plus(start, middle)) <= allowed:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _allowed(self) -> float:
+        """What the step may take. First asked when its online rows are in it and nothing else is."""
+        if self._seconds is None:
+            seconds, increase = self._budget.seconds, self._budget.increase
+            self._seconds = seconds if seconds is not None else self._step_time.predict(self._load) * (1 + (increase or 0))
+        return self._seconds
+
+    def add(self, row: PlanRow) -> None:
+        self.left -= row.count
+        if row.tenant is Tenant.OFFLINE:
+            self.left_offline -= row.count
+        if self.left_offline > self.left:
+            self.left_offline = self.left
+        if self._timed:
+            self._load = self._load.plus(row.start, row.count)
+        self.rows.append(row)
+        self.placed.add(row.request_id)

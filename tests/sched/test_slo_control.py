@@ -1,0 +1,194 @@
+"""The step budget follows what online requests feel: it converges, backs off at once, and knows what they would feel alone."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from engine.clock import ManualClock
+from engine.core import EngineCore
+from engine.fake import FakeRunner, StepCost
+from engine.memory.manager import KVManager
+from engine.memory.pages import PagePool
+from engine.sched.modes import Mode, ModeChooser
+from engine.sched.policies import SharedStep
+from engine.sched.scheduler import Scheduler
+from engine.sched.slo import Delays, OnlineMeter, SloControl
+from engine.types import SamplingParams, Submit, Tenant, TokenOut
+
+METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
+
+
+def run_plant(control: SloControl, effect: float, noise: float, requests: int, seed: int = 0) -> list[float]:
+    """Requests of 10 ms that get longer by `effect` for each unit of scale. Returns the scales."""
+    rng, scales = random.Random(seed), []
+    for _ in range(requests):
+        alone = 0.01 * rng.uniform(1 - noise, 1 + noise)
+        control.observe(alone * (1 + effect * control.scale), alone)
+        scales.append(control.scale)
+    return scales
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("effect", [0.005, 0.02, 0.1, 0.5])
+def test_it_converges_to_just_within_the_tolerance(metric: str, effect: float) -> None:
+    scales = run_plant(SloControl(metric, increase=0.05), effect, 0.1, 3000)
+    late = [effect * scale for scale in scales[1500:]]
+    assert max(late) <= 0.05 * 1.01
+    assert min(late) >= 0.05 * 0.7
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_it_converges_to_a_target_in_seconds(metric: str) -> None:
+    scales = run_plant(SloControl(metric, seconds=0.015), 0.1, 0.05, 3000)
+    assert 0.012 <= 0.01 * (1 + 0.1 * scales[-1]) <= 0.015
+
+
+def test_it_backs_off_at_once() -> None:
+    control = SloControl("mean-tpot", increase=0.05)
+    run_plant(control, 0.01, 0.0, 500)
+    before = control.scale
+    run_plant(control, 0.2, 0.0, 3)
+    assert control.scale <= before / 2
+    run_plant(control, 0.2, 0.0, 9)
+    assert control.scale <= 0.3
+
+
+def test_it_settles_without_swinging() -> None:
+    scales = run_plant(SloControl("mean-tpot", increase=0.05), 0.02, 0.1, 4000)[2000:]
+    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(scales, scales[1:], scales[2:], strict=False))
+    assert max(scales) / min(scales) < 1.5
+    assert turns < 20
+
+
+def test_a_target_that_cannot_be_met_leaves_next_to_nothing() -> None:
+    control = SloControl("mean-tpot", seconds=0.005)
+    run_plant(control, 0.1, 0.0, 200)
+    assert control.scale < 0.05
+
+
+def test_delays_can_be_read_at_any_moment_of_the_latest_step() -> None:
+    delays = Delays()
+    delays.ran(0.0, 10.0, 0.5)
+    assert [delays.at(moment) for moment in (0.0, 4.0, 10.0, 12.0)] == [0.0, 2.0, 5.0, 5.0]
+    delays.ran(12.0, 14.0, 1.0)
+    assert [delays.at(moment) for moment in (13.0, 14.0)] == [6.0, 7.0]
+
+
+class Live:
+    """A core with online requests that come all the time, with or without plenty of offline work."""
+
+    def __init__(self, metric: str, tolerance: float, *, beside: bool) -> None:
+        self.clock, self.metric, self.beside = ManualClock(), metric, beside
+        runner = FakeRunner(page_size=16, cost=StepCost(20e-3, 1e-3, 0.0), clock=self.clock)
+        control = SloControl(metric, increase=tolerance)
+        self.scheduler = Scheduler(
+            KVManager(PagePool(1, 4000), 16), SharedStep(increase=tolerance, control=control), self.clock,
+            max_num_seqs=64, max_num_batched_tokens=128, max_model_len=2000,
+        )  # fmt: skip
+        self.core = EngineCore(self.scheduler, runner, interrupted=self.due)
+        self.core.meter = OnlineMeter(control, self.scheduler.step_time)
+        self.rng = random.Random(1)
+        draw = self.rng.randrange
+        self.arrivals = [(n * 0.25 + self.rng.uniform(0, 0.1), draw(4, 40), draw(5, 20)) for n in range(500)]
+        self.next = self.offline = 0
+        self.first: dict[str, float] = {}
+        self.took: list[float] = []
+
+    def due(self) -> bool:
+        return self.next < len(self.arrivals) and self.arrivals[self.next][0] <= self.clock.now()
+
+    def submit(self, name: str, tenant: Tenant, prompt: int, output: int, at: float | None = None) -> None:
+        params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.0)
+        tokens = tuple(self.rng.choices(range(99), k=prompt))
+        self.core.submit(Submit(id=name, tenant=tenant, prompt=tokens, params=params, seed=0), at)
+
+    def run(self) -> float:
+        """The metric over the later requests, in seconds."""
+        while self.next < len(self.arrivals) or self.scheduler.unfinished(Tenant.ONLINE):
+            while self.due():
+                at, prompt, output = self.arrivals[self.next]
+                self.submit(str(self.next), Tenant.ONLINE, prompt, output, at)
+                self.next += 1
+            while self.beside and self.scheduler.unfinished(Tenant.OFFLINE) < 20:
+                self.offline += 1
+                self.submit(f"off {self.offline}", Tenant.OFFLINE, 100, 30)
+            if not self.core.has_work:
+                self.clock.advance_to(self.arrivals[self.next][0])
+                continue
+            for out in self.core.step():
+                if out.id.isdecimal():
+                    self.saw(out)
+        late = self.took[250:]
+        return sum(late) / len(late)
+
+    def saw(self, out: TokenOut) -> None:
+        at, _, output = self.arrivals[int(out.id)]
+        now = self.clock.now()
+        if out.id not in self.first:
+            self.first[out.id] = now
+            if self.metric.endswith("ttft"):
+                self.took.append(now - at)
+        if out.finish_reason is not None and self.metric.endswith("tpot"):
+            self.took.append((now - self.first[out.id]) / (output - 1))
+
+
+@pytest.mark.parametrize(("metric", "most"), [("mean-tpot", 1.2), ("mean-ttft", 1.6)])
+@pytest.mark.parametrize("tolerance", [0.1, 0.3])
+def test_a_live_core_keeps_the_tolerance_and_uses_it(metric: str, most: float, tolerance: float) -> None:
+    """Slower requests overlap with more others, which the estimate of one alone cannot know; it shows most while they queue."""
+    alone, shared = (Live(metric, tolerance, beside=beside).run() for beside in (False, True))
+    assert tolerance * 0.3 <= shared / alone - 1 <= tolerance * most
+
+
+# -- modes
+
+
+def feed(chooser: ModeChooser, seconds: float, *, busy_share: float, riding: float, begin: float) -> float:
+    """Phases of a second, busy for this share of it; offline gets 1,000 tokens/s when alone and `riding` beside online."""
+    now = begin
+    while now < begin + seconds:
+        chooser.look(now, True)
+        if chooser.mode is Mode.STEP:
+            chooser.ran(busy_share, round(riding * busy_share), shared=True)
+        now += busy_share
+        chooser.look(now, False)
+        chooser.ran(1 - busy_share, round(1000 * (1 - busy_share)), shared=False)
+        now += 1 - busy_share
+    return now
+
+
+def test_bursty_traffic_is_left_alone_and_steady_traffic_is_shared() -> None:
+    chooser = ModeChooser(0.0)
+    now = feed(chooser, 60, busy_share=0.2, riding=50, begin=0.0)
+    assert chooser.mode is Mode.EXCLUSIVE
+    assert chooser.idle_share == pytest.approx(0.8, abs=0.1)
+    feed(chooser, 60, busy_share=0.9, riding=50, begin=now)
+    assert chooser.mode is Mode.STEP
+
+
+def test_what_rides_well_goes_on_riding() -> None:
+    chooser = ModeChooser(0.0)
+    feed(chooser, 60, busy_share=0.2, riding=500, begin=0.0)
+    assert chooser.mode is Mode.STEP
+
+
+def test_the_mode_does_not_flutter() -> None:
+    """Traffic on the border between the modes: few changes, and never two within seconds."""
+    chooser, rng, now, changes, last = ModeChooser(0.0), random.Random(0), 0.0, [], Mode.STEP
+    for _ in range(600):
+        now = feed(chooser, 1, busy_share=rng.uniform(0.2, 0.45), riding=50, begin=now)
+        if chooser.mode is not last:
+            last = chooser.mode
+            changes.append(now)
+    assert len(changes) <= 30
+    assert all(b - a >= 4.0 for a, b in pairwise(changes))
+
+
+def test_time_in_which_the_engine_slept_is_idle() -> None:
+    chooser = ModeChooser(0.0)
+    chooser.look(1.0, True)
+    chooser.look(100.0, True)
+    assert chooser.idle_share > 0.9
