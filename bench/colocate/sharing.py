@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import shlex
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ class Rig:
         self.config = EngineConfig(model=args.online_model, kv_cache_memory=args.sharing_kv_memory, host_kv_memory=1 << 30)
         self.built = load_model(self.config)
         self._used = False  # its window is mapped
+        self.error = 0.0  # of predicted step times, at the end of the latest window
         self.prompts = PromptMaker(self.built.spec.vocab_size, args.seed)
         self._pairs: dict[str, dict[str, tuple[int, ...]]] = {}
         self.unequal: list[str] = []
@@ -179,6 +181,7 @@ class Rig:
             core.interrupted, core.waiting = traffic.loop.online_at_the_door, traffic.loop.waiting
         window = traffic.run(warm, seconds)
         window.arm = arm
+        self.error = core.scheduler.step_time.error
         core.scheduler.step_time.save(step_time_file(self.config, self.built))
         self._compare(arm, key, window)
         return window
@@ -414,9 +417,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sharing-seconds", type=float, default=12.0, help="of each window")
     group.add_argument("--sharing-depth", type=int, default=48, help="offline requests in flight")
     group.add_argument("--sharing-kv-memory", type=parse_bytes, default=parse_bytes("512MiB"))
-    group.add_argument("--groups", type=int, default=24, help="order: beginnings that lines share")
-    group.add_argument("--members", type=int, default=8, help="order: lines for each of them")
-    group.add_argument("--order-tokens", type=int, default=6144, help="order: tokens of KV memory")
+    group.add_argument("--groups", type=int, default=32, help="order: beginnings that lines share")
+    group.add_argument("--members", type=int, default=6, help="order: lines for each of them")
+    group.add_argument("--order-tokens", type=int, default=4096, help="order: tokens of KV memory")
     group.add_argument("--sharing-window", type=int, default=96, help="order: lines in flight")
     group.add_argument("--arrivals", type=int, default=60, help="response: online requests")
     group.add_argument("--pairs", type=int, default=200, help="response: pairs of steps")
@@ -431,10 +434,13 @@ def main(args: argparse.Namespace) -> int:
              + ", ".join(rig.unequal[:5]), ""]  # fmt: skip
     about = machine()
     head = [f"{about['cpu']}, {about['cores']} cores; {rig.built.path.name}; step times mispredicted by "
-            f"{rig.core({}).scheduler.step_time.error:.1%}; {asdict(rig.cost)}", ""]  # fmt: skip
+            f"{rig.error:.1%}; an online request takes {1e3 * rig.cost.first:.0f} ms, {1e3 * rig.cost.prompt_token:.2f} ms per "
+            f"prompt token, {1e3 * rig.cost.output_token:.0f} ms per token.", "",
+            f"    python -m bench.colocation {shlex.join(sys.argv[1:])}", ""]  # fmt: skip
     folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{args.sharing}.md").write_text("\n".join(head + text), encoding="utf-8")
+    name = "-".join([args.sharing, *(args.traces if len(args.traces) == 1 else ())])
+    (folder / f"{name}.md").write_text("\n".join(head + text), encoding="utf-8")
     print("\n".join(head + text))
     return 0
 
