@@ -340,11 +340,11 @@ def step_tokens(config: EngineConfig) -> int:
 
 
 def largest_step(config: EngineConfig) -> int:
-    """Most tokens of a step without online rows: what the config says, or so many that hardly any device is faster with more."""
+    """Most tokens of a step without online rows: what the config says, or so many that more are hardly faster."""
     tokens = step_tokens(config)
     wanted, most = config.offline_max_batched_tokens, min(4 * tokens, max(tokens, _PLENTY))
     if wanted is not None and wanted < tokens:
-        raise InvalidConfig(f"--offline-max-batched-tokens {wanted} is less than the {tokens} of any step; give at least as many")
+        raise InvalidConfig(f"--offline-max-batched-tokens {wanted} is less than the {tokens} of any step; give it more")
     return wanted or most
 
 
