@@ -4,6 +4,8 @@ Reads ahead only as far as it may run, runs each line as a request of the offlin
 (not in input order). Killed at any moment and started again with the same arguments, it goes on with the lines that have no
 record yet. `engine.joblines` reads, `engine.jobrun` runs, `engine.joblog` keeps; here are the command line and the job.
 
+With `--url` the file becomes a batch of a running server instead, which this process only watches (`engine.jobclient`).
+
 Exit status: 0 all lines answered; 1 finished, but some lines failed; 2 the job cannot start as asked; 3 the engine or the
 disk failed (resumable); 130 interrupted (resumable).
 """
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.config import EngineConfig, add_engine_args, config_from_args, parse_bytes, read_environment
+from engine.config import EngineConfig, add_engine_args, config_from_args, parse_bytes, read_environment, secret
 from engine.errors import InvalidCheckpoint, InvalidConfig
 from engine.joblines import MAX_LINE_BYTES, BadLine, InputFacts, JobError, JobLine, read_lines, survey
 from engine.joblog import JobLog, OutputBlocked, Record, errors_path, fault_record, state_path
@@ -217,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
         "(resumable), 130 interrupted (resumable).",
     )
     add = parser.add_argument
-    add("-i", "--input-file", required=True, type=Path, help="one request a line, in the format of OpenAI's batch API")
+    add("-i", "--input-file", type=Path, help="one request a line, in the format of OpenAI's batch API")
     add("-o", "--output-file", required=True, type=Path, help="answers; failures go beside it, to NAME.errors.jsonl")
     add("--max-inflight", type=_positive, help="most lines in flight (default: twice --max-num-seqs)")
     add("--max-line-bytes", type=_size, default=MAX_LINE_BYTES, help="longest line taken (default: 1MiB)")
@@ -231,6 +233,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="what lines in flight get to finish after an interrupt (default: 5)")  # fmt: skip
     add("--disk-patience", type=float, default=3600.0, metavar="SECONDS",
         help="how long to wait for a full or failing disk before giving up (default: 3600)")  # fmt: skip
+    remote = parser.add_argument_group("on a running server, instead of a model of its own")
+    add = remote.add_argument
+    add("--url", help="the server, such as http://127.0.0.1:8000; the job is a batch there, and stays if this process goes")
+    add("--api-key", default=None, help="its key (default: $SLUICE_API_KEY)")
+    add("--batch-id", help="go back to this batch instead of submitting one")
+    add("--completion-window", default="24h", help="the batch is to be done within it, e.g. 90m or 2d (default: 24h)")
+    add("--priority", type=int, help="of the batch; lower goes first")
     add_engine_args(parser)
     return parser
 
@@ -243,6 +252,11 @@ def main(argv: Sequence[str] | None = None, open_backend: Callable[[EngineConfig
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _terminated)
+    if args.url is not None:
+        return watch(args)
+    if args.input_file is None or args.batch_id is not None:
+        _say("error: " + ("-i is missing" if args.batch_id is None else "--batch-id needs --url"))
+        return USAGE
     resume = shlex.join(["python", "-m", "engine.batch", *(word for word in argv if word not in _ONCE_FLAGS)])
     try:
         job = Job(args.input_file, args.output_file, config_from_args(args), args, resume)
@@ -266,6 +280,50 @@ def main(argv: Sequence[str] | None = None, open_backend: Callable[[EngineConfig
         code = ENGINE_FAILED
     job.tell_resume()
     return code
+
+
+def watch(args: argparse.Namespace) -> int:
+    """The command with `--url`; returns its exit status."""
+    from engine.jobclient import Remote
+
+    if (args.input_file is None) == (args.batch_id is None):
+        _say("error: give -i to submit a file, or --batch-id to go back to a batch")
+        return USAGE
+    if args.batch_id is None and not args.overwrite and args.output_file.exists():
+        _say(f"error: {args.output_file} exists; choose another -o, or --overwrite")
+        return USAGE
+    url = args.url.rstrip("/").removesuffix("/v1")
+    remote = Remote(
+        url, args.api_key or secret("api_key") or "", args.completion_window, args.priority, args.on_bad_line == "skip", _say
+    )
+    try:
+        batch, seen = asyncio.run(remote.run(args.input_file, args.output_file, args.batch_id))
+    except JobError as error:
+        _say(f"error: {error}")
+        return USAGE
+    if batch is None:
+        _say("interrupted before the batch was created")
+        return INTERRUPTED
+    if not seen:
+        words = ["--url", args.url, "--batch-id", batch["id"], "-o", str(args.output_file)]
+        _say("the job runs on; get back to it with: " + shlex.join(["python", "-m", "engine.batch", *words]))
+        _say(f"or cancel it: curl -X POST {url}/v1/batches/{batch['id']}/cancel")
+        return INTERRUPTED
+    return _told_end(batch)
+
+
+def _told_end(batch: dict[str, Any]) -> int:
+    """Say how a batch ended; the exit status for it."""
+    counts, receipt = batch["request_counts"], (batch.get("sluice") or {}).get("receipt")
+    _say(f"{batch['status']}: {counts['total']} lines, {counts['completed']} ok, {counts['failed']} failed")
+    for error in (batch.get("errors") or {}).get("data") or ():
+        _say(f"line {error['line']}: {error['message']}" if error["line"] else error["message"])
+    if receipt is not None:
+        told = (f"{name.replace('_', ' ')} {value}" for name, value in receipt.items() if value is not None)
+        _say("receipt: " + ", ".join(told))
+    if batch["status"] == "completed":
+        return LINE_ERRORS if counts["failed"] else OK
+    return USAGE if batch["status"] == "failed" else LINE_ERRORS
 
 
 def _terminated(*_: object) -> NoReturn:

@@ -12,7 +12,7 @@ from engine.openai import Answer, error_body
 from server.admission import Refused
 from server.http import json_response
 from server.jobs import Jobs
-from server.jobs_store import FILE_ID, FileRecord, StoreFull, Upload
+from server.jobs_store import FILE_ID, Download, FileRecord, StoreFull, Upload
 from server.service import CLIENT, SERVICE
 
 PURPOSE = "batch"
@@ -42,7 +42,7 @@ async def create(request: web.Request) -> web.StreamResponse:
             await jobs.io(jobs.store.keep, form.upload, record)
     finally:
         if form.upload is not None:
-            await jobs.io(form.upload.close)
+            jobs.later(form.upload.close)
     return json_response(file_body(record))
 
 
@@ -61,7 +61,6 @@ class _Form:
         """Raises InvalidRequest, Refused and StoreFull."""
         try:
             reader = await self._request.multipart()
-            reader._client_max_size = 0  # the file is bounded here, the other parts too
             for _ in range(_MAX_PARTS):
                 part = await self._patiently(reader.next())
                 if part is None:
@@ -161,10 +160,18 @@ async def content(request: web.Request) -> web.StreamResponse:
     """GET /v1/files/{id}/content: the bytes as they are, never as anything that a browser would run."""
     record = await find(request, request.match_info["id"])
     jobs = jobs_of(request)
+    file = jobs.store.download(record.id)
     try:
-        file = await jobs.io(lambda: jobs.store.path(record.id).open("rb"))
+        return await _send(request, record, file)
     except FileNotFoundError:
         raise _missing(record.id) from None
+    finally:
+        jobs.later(file.close)
+
+
+async def _send(request: web.Request, record: FileRecord, file: Download) -> web.StreamResponse:
+    jobs = jobs_of(request)
+    chunk = await jobs.io(file.read, _CHUNK)
     headers = {"Content-Disposition": f'attachment; filename="{record.id}.jsonl"', "Cache-Control": "no-store"}
     response = web.StreamResponse(headers=headers)
     response.content_type = "application/octet-stream"
@@ -172,15 +179,14 @@ async def content(request: web.Request) -> web.StreamResponse:
     try:
         await response.prepare(request)
         if request.method != "HEAD":
-            while chunk := await jobs.io(file.read, _CHUNK):
+            while chunk:
                 async with asyncio.timeout(request.app[SERVICE].config.body_timeout or None):
                     await response.write(chunk)
+                chunk = await jobs.io(file.read, _CHUNK)
         await response.write_eof()
     except TimeoutError:  # it reads nothing: what is half sent cannot be completed
         if request.transport is not None:
             request.transport.abort()
-    finally:
-        await jobs.io(file.close)
     return response
 
 
@@ -190,6 +196,8 @@ async def content(request: web.Request) -> web.StreamResponse:
 def jobs_of(request: web.Request) -> Jobs:
     """The jobs. Raises Refused (503) where this server keeps none."""
     jobs = request.app[SERVICE].batches
+    if jobs is not None and jobs.closed:
+        raise Refused(Answer(503, error_body("the server is shutting down", "server_error", "shutting_down"), 5.0))
     if jobs is None:
         message = "this server keeps no files and batches: its data folder is off, or in use by another server"
         raise Refused(Answer(503, error_body(message, "server_error", "batches_unavailable"), should_retry=False))

@@ -152,6 +152,18 @@ class Jobs:
         """Run what may wait for the disk, away from every event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._io, partial(function, *args))
 
+    def later(self, function: Callable[[], None]) -> None:
+        """Run it away from every event loop, even if whoever asks is cancelled now."""
+        try:
+            self._io.submit(function)
+        except RuntimeError:  # it is closed already
+            function()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the server is leaving."""
+        return self._closing
+
     async def create(self, record: BatchRecord) -> BatchRecord:
         """Accept a batch. Raises StoreFull, Overloaded, or KeyError if its input is gone."""
         return await self._ask(self._create(record))
@@ -172,7 +184,7 @@ class Jobs:
         elif not self._thread.is_alive():
             return
         self._thread.join(grace + _CLOSE_SECONDS)
-        self._io.shutdown(wait=False, cancel_futures=True)
+        self._io.shutdown(wait=False)
         if self._thread.is_alive():
             log.warning("the jobs' thread hangs, perhaps in the disk; what is on it is safe")
             return

@@ -21,7 +21,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import msgspec
 
@@ -137,10 +137,14 @@ def new_id(prefix: str) -> str:
 
 
 class Upload:
-    """A file on its way in: written in pieces, then kept by `Store.keep` or forgotten."""
+    """A file on its way in: written in pieces, then kept by `Store.keep` or forgotten.
+
+    Its calls come from threads, and `close` perhaps while one of them still writes: the client may leave at any moment.
+    """
 
     def __init__(self, path: Path) -> None:
         self.id = path.stem
+        self._lock = threading.Lock()
         self.path = path
         self.size = 0
         self.lines = 0
@@ -150,7 +154,7 @@ class Upload:
 
     def write(self, data: bytes) -> None:
         """Append. Raises StoreFull."""
-        with _disk("the upload"):
+        with self._lock, _disk("the upload"):
             view = memoryview(data)
             while view:
                 view = view[os.write(self._fd, view) :]
@@ -174,10 +178,36 @@ class Upload:
 
     def close(self) -> None:
         """Forget it, unless it was kept."""
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
             os.close(self._fd)
+            self._fd = -1
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+class Download:
+    """A file on its way out. Opened by its first read, and closed at any moment, by whatever thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = None
+        self._closed = False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; none at the end. Raises OSError."""
+        with self._lock:
+            if self._closed:
+                return b""
+            if self._file is None:
+                self._file = self._path.open("rb")
+            return self._file.read(size)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._file is not None:
+                self._file.close()
 
 
 class Store:
@@ -234,6 +264,9 @@ class Store:
     def upload(self) -> Upload:
         with _disk("the upload"):
             return Upload(self._files / (new_id("file-") + ".part"))
+
+    def download(self, file_id: str) -> Download:
+        return Download(self.path(file_id))
 
     def keep(self, upload: Upload, record: FileRecord) -> None:
         """The upload is complete: from now on it is the file `record.id`. Raises StoreFull, and nothing is kept."""

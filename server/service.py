@@ -17,6 +17,7 @@ from server.auth import Keys
 from server.clients import Client
 from server.config import ServerConfig
 from server.jobs import Jobs
+from server.jobs_metrics import JobNumbers
 from server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Service:
         self.bodies = Bodies(config.max_body_memory)
         self.metrics.in_flight.set_function(lambda: self.in_flight.total)
         self.jobs: set[Job] = set()
+        if batches is not None:
+            self.metrics.registry.register(JobNumbers(batches))
         self.batches = batches  # None: this server keeps no files and batches. Closing them stays the caller's business
         self.connections: Connections | None = None  # where the server owns its socket
         self.leave: Callable[[], None] = self._refuse_work  # drain and end, as on SIGTERM

@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("engine.wire", "engine.formats", "engine.tools", "engine.tool_calls"),
         *("engine.replies", "engine.calls", "engine.openai"),
-        *("engine.joblines", "engine.joblog", "engine.jobrun", "engine.batch", "engine.top"),
+        *("engine.joblines", "engine.joblog", "engine.jobrun", "engine.jobclient", "engine.batch", "engine.top"),
     ),
     ("server",),
     ("engine.server",),  # the guarded entry; nothing is above it, so nothing imports it

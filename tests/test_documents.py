@@ -55,7 +55,7 @@ def test_flags_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_metrics_exist(document: Path) -> None:
-    source = (ROOT / "server/metrics.py").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "server").glob("*metrics.py")))
     for name in re.findall(r"\bsluice_\w+", document.read_text(encoding="utf-8")):
         plain = name.removesuffix("_total").removeprefix("sluice_")
         assert f'"{plain}"' in source or f'"sluice_{plain}"' in source, name
