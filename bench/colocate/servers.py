@@ -101,7 +101,7 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Start it and wait until it serves. Raises ServerError."""
-        command = [sys.executable, "-m", "engine.server", *self.flags, "--port", "0"]
+        command = [sys.executable, "-m", "engine.server", *self.flags, "--port", "0", "--data-dir", "none"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
