@@ -449,7 +449,7 @@ def install(patch: Callable[[Any, str, Any], None], slab_bytes: int, device: Que
         QueueStreams.device = device
         _queue_layers(patch, device)
     patch(select, "resolve_device", lambda name: "cuda")
-    patch(select, "load_backend", lambda name="auto": backend)
+    patch(select, "load_backend", lambda name="auto", attention="auto": backend)
     patch(select, "device_memory", lambda name: DeviceMemory(1 << 30, 0, GRAIN, slab_bytes))
     patch(engine.build, "_SHARED_SLAB_BYTES", slab_bytes)
     patch(cuda_vmm, "CudaVmm", lambda index: HostVmm(device))
