@@ -3,7 +3,7 @@
 With copies in host memory a request that gives way loses next to nothing, so more offline requests may be started than the
 KV memory holds at their ends: some wait in host memory while others run, and take turns (PipeMax rotates batches so). A turn is
 worth its copies only if a larger batch makes tokens faster; where it does not, a turn is endless and nobody is started who
-could have to give way. Pure functions, and one running measurement.
+could have to give way. The rules are pure functions; `Rotation` asks them for the scheduler.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import math
 
 from engine.memory.manager import KVManager
 from engine.sched.latency import Load, StepTime
+from engine.sched.plan import StepPlan
 from engine.types import Request, Tenant
 
 _LEAST_GAIN = 0.01  # of a batch with one row more; less than this cannot be told from noise
-_MARGIN = 4.0  # a turn gains this many times what its copies cost
-_LEAST_TURN = 32  # steps
-_WEIGHT = 0.1  # of a new measurement
+_MARGIN = 2.0  # a turn gains this many times what it costs
+_LEAST_TURN = 16  # steps
+_WEIGHT = 0.1  # of a new measurement of copies
+_FORGET = 0.995  # weight of a decode step after one more
 
 
 class CopyTime:
-    """How long it takes to copy a page back: in all, and of that the time in which no step can run. Seconds."""
+    """How long it takes to copy a page: in all, and of that the time in which no step can run. Seconds."""
 
     def __init__(self) -> None:
         self.elapsed: float | None = None
@@ -36,21 +38,56 @@ class CopyTime:
             self.blocked += _WEIGHT * (blocked / pages - self.blocked)
 
 
+class DecodeTime:
+    """Seconds of a step of single tokens as a line over its rows, from recent steps.
+
+    Beside the model of all steps, which says little about a batch larger than any it has seen; here this is the question.
+    Until batches of different sizes were seen, a row more is taken to cost nothing, so that one is tried.
+    """
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = self._rows2 = self._both = 0.0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        values = (1.0, rows, seconds, rows * rows, rows * seconds)
+        sums = (self._weight, self._rows, self._seconds, self._rows2, self._both)
+        self._weight, self._rows, self._seconds, self._rows2, self._both = (
+            _FORGET * total + value for total, value in zip(sums, values, strict=True)
+        )
+
+    @property
+    def per_row(self) -> float:
+        """What one row more costs: between nothing and its share of the step."""
+        if not self._weight:
+            return 0.0
+        rows, seconds = self._rows / self._weight, self._seconds / self._weight
+        variance = self._rows2 / self._weight - rows * rows
+        if variance < 0.05:
+            return 0.0
+        return min(max((self._both / self._weight - rows * seconds) / variance, 0.0), seconds / rows)
+
+    def of(self, rows: int) -> float:
+        """Of a step with so many rows; 0 before the first observation."""
+        if not self._weight:
+            return 0.0
+        return self._seconds / self._weight + self.per_row * (rows - self._rows / self._weight)
+
+
 def batch_gain(rows: int, alone: float, together: float) -> float:
     """How much faster tokens come (a share) when a step of `rows` rows and `alone` seconds takes one more and `together`."""
     return (rows + 1) * alone / (rows * together) - 1.0 if rows and together > 0 else math.inf
 
 
-def turn_steps(pages: int, copy_time: CopyTime, step_seconds: float, gain: float) -> float:
-    """Steps that a request with so many pages must be able to stay, once copied back; infinite if that never pays.
+def turn_steps(elapsed: float, blocked: float, step_seconds: float, gain: float) -> float:
+    """Steps for which a request must be able to stay, once started or copied back; infinite if that never pays.
 
-    Within a turn the copies for the next one must find time, and it must gain more than its own copies cost.
+    `elapsed` seconds pass until its pages are back; in a turn the copies for the next one must find that time. And the turn
+    must gain more than the `blocked` seconds of computing that giving way and coming back cost.
     """
-    if copy_time.elapsed is None or step_seconds <= 0 or gain < _LEAST_GAIN:
+    if step_seconds <= 0 or gain < _LEAST_GAIN:
         return math.inf
-    hidden = pages * copy_time.elapsed / step_seconds
-    paid = 0.0 if math.isinf(gain) else _MARGIN * pages * copy_time.blocked / (gain * step_seconds)
-    return max(_LEAST_TURN, hidden, paid)
+    paid = 0.0 if math.isinf(gain) else _MARGIN * blocked / (gain * step_seconds)
+    return max(_LEAST_TURN, elapsed / step_seconds, paid)
 
 
 def copying_pays(pages: int, copy_time: CopyTime, compute_seconds: float) -> bool:
@@ -59,12 +96,18 @@ def copying_pays(pages: int, copy_time: CopyTime, compute_seconds: float) -> boo
 
 
 class Rotation:
-    """The rules over what the engine has measured of its steps and copies. Changes nothing."""
+    """The rules over what the engine has measured of its steps and copies."""
 
     def __init__(self, kv: KVManager, step_time: StepTime) -> None:
         self.copy_time = CopyTime()
+        self.decode_time = DecodeTime()
         self._kv = kv
         self._step_time = step_time
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """A plan ran from its first layer to its last in so many seconds."""
+        if all(row.count == 1 for row in plan.rows):
+            self.decode_time.observe(len(plan.rows), seconds)
 
     def slots(self, request: Request, prefix: list[int]) -> list[int]:
         """Host slots with what follows the request's cached prefix; none if computing it is faster than copying."""
@@ -78,21 +121,17 @@ class Rotation:
 
     def turn(self, request: Request, others: list[Request]) -> float:
         """Steps for which an offline request must find room beside those that run; infinite if its turn would not pay."""
-        copies = self._kv.copies
-        if copies is None or request.tenant is Tenant.ONLINE or not self._step_time.ready:
+        copies, copy_time, decode_time = self._kv.copies, self.copy_time, self.decode_time
+        if copies is None or copy_time.elapsed is None or request.tenant is Tenant.ONLINE:
             return math.inf
         rows = [other for other in others if other.tenant is Tenant.OFFLINE]
         bare = sum(max(0, self._pages(one) - copies.tier.num_safe(one.id)) for one in (*rows, request))
         if bare > copies.tier.room:
             return math.inf  # not all of them could be copied before they give way
-        count, context = len(rows), sum(len(row.tokens) for row in rows)
-        alone = self._step_time.predict(_decode(count, context))
-        together = self._step_time.predict(_decode(count + 1, context + len(request.tokens)))
-        return turn_steps(self._pages(request), self.copy_time, together, batch_gain(count, alone, together))
+        pages, count = self._pages(request), len(rows)
+        again = decode_time.per_row * self._kv.page_size / 2  # the page that was not full is computed again
+        gain = batch_gain(count, decode_time.of(count), decode_time.of(count + 1))
+        return turn_steps(pages * copy_time.elapsed, pages * copy_time.blocked + again, decode_time.of(count + 1), gain)
 
     def _pages(self, request: Request) -> int:
         return self._kv.pages_for(len(request.tokens))
-
-
-def _decode(rows: int, context: int) -> Load:
-    return Load(rows, min(rows, 16), context)

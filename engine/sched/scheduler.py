@@ -448,6 +448,7 @@ class Scheduler:
     def learn(self, plan: StepPlan, seconds: float) -> None:
         """A plan ran from its first layer to its last in so many seconds."""
         self.step_time.observe(Load.of(plan.rows), seconds)
+        self.rotation.observe(plan, seconds)
 
     def wants(self, plan: StepPlan) -> bool:
         """Whether any request of the plan is still here to be told of its results."""
