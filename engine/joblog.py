@@ -36,6 +36,8 @@ SYNC_LINES = 256
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds between attempts while the disk refuses
 _REMIND = 30.0
 _KINDS = {errno.ENOSPC: "disk_full", errno.EDQUOT: "disk_full", errno.EFBIG: "disk_full"}
+# Characters that JSON leaves as they are and at which many readers, such as str.splitlines, end a line: NEL, LS and PS.
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 _RECORD = re.compile(rb'\{"id":"batch_req_([0-9a-f]+)_(\d+)","custom_id":')
 
 
@@ -122,7 +124,10 @@ def fault_record(job: str, line: BadLine) -> Record:
 def _encode(job: str, number: int, custom_id: str | None, response: object, error: object) -> bytes:
     # `id` and `custom_id` come first: the scan on resume knows a record by them.
     record = {"id": f"batch_req_{job}_{number}", "custom_id": custom_id, "response": response, "error": error}
-    return msgspec.json.encode(record) + b"\n"
+    blob = msgspec.json.encode(record)
+    for raw, escaped in _LINE_ENDS:
+        blob = blob.replace(raw, escaped)
+    return blob + b"\n"
 
 
 class LineSet:

@@ -53,6 +53,14 @@ def test_line_set_is_a_set(numbers: list[int]) -> None:
     assert [n for n in range(100) if n in lines] == sorted({n for n in numbers if n < 100})
 
 
+def test_a_record_is_one_line_for_every_reader() -> None:
+    text = "a\u0085b\u2028c\u2029d\x0b\x0c\x1ce\r\nf"
+    blob = answer_record("abc123", JobLine(1, text, "/v1/completions", {}, 10), 200, {"text": text}).blob
+    assert len(blob.decode().splitlines()) == 1
+    item = json.loads(blob)
+    assert (item["custom_id"], item["response"]["body"]["text"]) == (text, text)
+
+
 def test_resume_skips_what_has_a_record(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
         log.commit([record(1), record(3, status=404), record(7)])
