@@ -86,6 +86,9 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
     granularity, least = (_HOST_PAGE, config.slab_size) if device is None else (device.granule, device.slab_bytes)
     if device is not None and len(specs) > 1:
         least = _SHARED_SLAB_BYTES
+        if config.host_kv_memory:
+            # Its copy engines go on while the worker is frozen, and would meet slabs that are taken (colocate.cuda_slabs).
+            raise InvalidConfig("two models on one GPU cannot have --host-kv-memory yet: leave it out, or serve one model")
     slab_bytes = fit_slab(pages, granularity=granularity, slab_bytes=max(least, config.slab_size))
     if config.kv_cache_memory is not None:
         wanted = config.kv_cache_memory
