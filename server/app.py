@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
-from server import admin, batches, completions, dashboard, files, tokens
+from server import admin, batches, completions, dashboard, files, openapi, tokens
 from server.auth import Access
 from server.config import ServerConfig
 from server.http import Handler, border, name_response
@@ -54,6 +54,7 @@ ROUTES = (
     Route("GET", "/version", admin.show_version, Access.PUBLIC),
     Route("GET", "/metrics", admin.metrics, Access.METRICS),
     Route("GET", "/load", admin.load, Access.METRICS),
+    Route("GET", "/openapi.json", openapi.show, Access.PUBLIC),
     Route("GET", "/dashboard", dashboard.dashboard, Access.PUBLIC),  # a page that knows nothing until it has a key
     Route("GET", "/debug/state", dashboard.state, Access.ADMIN),
     Route("GET", "/debug/timeline", dashboard.timeline, Access.ADMIN),
@@ -74,6 +75,7 @@ def app_of(service: Service) -> web.Application:
     """The application around a service whose engine may still be loading."""
     app = web.Application(middlewares=[border(_access_of)], client_max_size=service.config.max_body_size)
     app[SERVICE] = service
+    app[openapi.DOCUMENT] = openapi.document(ROUTES)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
         if route.method == "GET":

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from aiohttp import web
 
@@ -163,10 +164,12 @@ class Watch:
     job: Job | None = None
     labels: tuple[str, str] = ("", "")
     told: dict[tuple[int, int], float] = field(default_factory=dict)  # choice -> when it last got tokens
+    token_seconds: Any = None
 
     def submitted(self, job: Job) -> None:
         self.job = job
         self.labels = (job.head.model, job.tenant.value)
+        self.token_seconds = self.metrics.itl.labels(*self.labels)  # looked up once, not for every token
         self.metrics.params_n.labels(*self.labels).observe(job.call.params.n)
         if job.call.params.max_tokens is not None:
             self.metrics.params_max_tokens.labels(*self.labels).observe(job.call.params.max_tokens)
@@ -178,8 +181,9 @@ class Watch:
             if (last := self.told.get(choice)) is None:
                 self._first_token(now - self.started)
             else:
+                observe = self.token_seconds.observe
                 for _ in range(count):
-                    self.metrics.itl.labels(*self.labels).observe((now - last) / count)
+                    observe((now - last) / count)
             self.told[choice] = now
         if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.finished(delta.finish_reason)

@@ -21,6 +21,7 @@ HEADERS = {
 }
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
+_ROOM = 16 * 1024  # bytes; asyncio lets writers go on below a buffer of this size
 _encode = msgspec.json.Encoder().encode
 
 
@@ -49,6 +50,10 @@ class EventStream:
 
     async def _write(self, data: bytes) -> None:
         self._last_write = self._clock()
+        transport = self._request.transport
+        if transport is not None and transport.get_write_buffer_size() + len(data) < _ROOM:
+            await self.response.write(data)  # cannot wait, so it needs no timer
+            return
         try:
             async with asyncio.timeout(self._write_timeout or None):
                 await self.response.write(data)

@@ -20,7 +20,9 @@ from server.service import SERVICE
 _TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-class _Tokenize(msgspec.Struct):
+class TokenizeBody(msgspec.Struct):
+    """What /tokenize takes."""
+
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -32,7 +34,9 @@ class _Tokenize(msgspec.Struct):
     return_token_strs: bool | None = None
 
 
-class _Detokenize(msgspec.Struct):
+class DetokenizeBody(msgspec.Struct):
+    """What /detokenize takes."""
+
     model: str | None = None
     tokens: list[_TokenId] | None = None
 
@@ -40,7 +44,7 @@ class _Detokenize(msgspec.Struct):
 async def tokenize(request: web.Request) -> web.StreamResponse:
     """POST /tokenize: a `prompt`, or `messages` through the chat template, as token ids."""
     engine = request.app[SERVICE].engine
-    body = await read_json(request, lambda json: convert(json, _Tokenize))
+    body = await read_json(request, lambda json: convert(json, TokenizeBody))
     card = engine.resolve(body.model)
     tokenizer = engine.tokenizer(card.id)
     limit = card.max_model_len
@@ -83,7 +87,7 @@ async def tokenizer_info(request: web.Request) -> web.StreamResponse:
 async def detokenize(request: web.Request) -> web.StreamResponse:
     """POST /detokenize: token ids as text, control tokens spelled out."""
     engine = request.app[SERVICE].engine
-    body = await read_json(request, lambda json: convert(json, _Detokenize))
+    body = await read_json(request, lambda json: convert(json, DetokenizeBody))
     if body.tokens is None:
         raise required("tokens")
     card = engine.resolve(body.model)

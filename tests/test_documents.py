@@ -45,7 +45,10 @@ def test_flags_exist(document: Path) -> None:
         for action in parser._actions
         for flag in action.option_strings
     }
-    for path in (ROOT / "bench").rglob("*.py"):
+    for path in [
+        *(ROOT / "bench").rglob("*.py"),
+        *(ROOT / "tests/clients").rglob("*.py"),
+    ]:  # and other programs' that tests run
         known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     text = document.read_text(encoding="utf-8")
     code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))

@@ -155,7 +155,7 @@ async def test_request_ids(engine: Engine) -> None:
 
 
 async def test_keys_close_every_route_that_is_not_opened(engine: Engine) -> None:
-    public = {"/health", "/ready", "/ping", "/version", "/dashboard"}
+    public = {"/health", "/ready", "/ping", "/version", "/openapi.json", "/dashboard"}
     async with serving(engine, api_key=("sesame", "other"), admin_api_key=("root",)) as server:
         for route in ROUTES:
             path = route.path.replace("{id:.+}", "org/tiny")
