@@ -15,11 +15,10 @@ from urllib.parse import urlsplit
 
 from engine.openai import Answer, error_body
 from server.admission import Refused
-from server.clients import Client, client_of, digest_of
+from server.clients import RESERVED, Client, client_of, digest_of
 from server.config import ServerConfig, is_loopback
 
-ANYBODY = Client(name="-")  # whoever comes where no keys are set
-ADMIN = Client(name="admin")
+ANYBODY, ADMIN = (Client(name=name) for name in RESERVED)  # whoever comes where no keys are set; the admin key's owner
 
 
 class Access(enum.Enum):

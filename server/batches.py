@@ -31,7 +31,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 Text = Annotated[str, Meta(max_length=512)]
 
 
-class _Create(msgspec.Struct):
+class CreateBatch(msgspec.Struct):
     """The fields of POST /v1/batches, as they appear on the wire."""
 
     input_file_id: str
@@ -85,9 +85,9 @@ async def create(request: web.Request) -> web.StreamResponse:
     return json_response(batch_body(*jobs.current(record)))
 
 
-def _understand(body: Json) -> _Create:
+def _understand(body: Json) -> CreateBatch:
     try:
-        return msgspec.convert(body, _Create)
+        return msgspec.convert(body, CreateBatch)
     except msgspec.ValidationError as error:
         text = str(error)
         param = re.search(r"\$\.(\w+)", text) or re.search(r"field `(\w+)`", text)

@@ -24,6 +24,7 @@ from engine.errors import InvalidConfig
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _LIMITS = ("max_inflight", "requests_per_minute", "tokens_per_minute")
 _FIELDS = {"name", "key", "sha256", "tenants", *_LIMITS}
+RESERVED = ("-", "admin")  # anybody, where there are no keys; the owner of the admin key
 BOTH = frozenset({"online", "offline"})  # values of engine.types.Tenant
 
 
@@ -97,6 +98,8 @@ def _client(entry: Any, where: str) -> Client:
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidConfig(f"{where}: name must be 1 to 64 letters, digits or _.:-")
+    if name in RESERVED:
+        raise InvalidConfig(f"{where}: the name {name} is taken by the server")
     where = f"{where} ({name})"
     limits = {limit: entry.get(limit, 0) for limit in _LIMITS}
     for limit, value in limits.items():

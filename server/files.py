@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, NoReturn
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from engine.errors import InvalidRequest
 from engine.openai import Answer, error_body
@@ -71,7 +72,7 @@ class _Form:
                     await self._file(part)
                 else:
                     self._fields[part.name] = await self._field(part)
-        except (ValueError, AssertionError, web.RequestPayloadError):  # what aiohttp says to a form that is none
+        except (ValueError, AssertionError, web.RequestPayloadError, HttpProcessingError):  # aiohttp, of a form that is none
             raise InvalidRequest("the form could not be read as its headers describe it", code="invalid_body") from None
         raise InvalidRequest(f"the form has more than {_MAX_PARTS} parts")
 

@@ -17,12 +17,14 @@ from aiohttp import web
 from engine.calls import ChatBody, CompletionBody
 from server.admin import sluice_version
 from server.auth import Access
+from server.batches import CreateBatch
 from server.http import json_response
 from server.tokens import DetokenizeBody, TokenizeBody
 
 Json = dict[str, Any]
 
 JSON, TEXT, EVENTS, HTML = "application/json", "text/plain", "text/event-stream", "text/html"
+FORM, BYTES = "multipart/form-data", "application/octet-stream"
 DOCUMENT = web.AppKey("document", dict[str, Any])
 _REF = "#/components/schemas/{name}"
 _REQUIRED = {"ChatBody": ["messages"], "CompletionBody": ["prompt"], "DetokenizeBody": ["tokens"]}
@@ -50,11 +52,24 @@ class Operation:
     status: int = 200
     errors: tuple[int, ...] = ()
     query: Mapping[str, Json] = field(default_factory=dict)
+    form: Json | None = None  # the schema of a multipart body
 
 
 _WORK = (400, 404, 408, 413, 415, 429, 500, 503)  # of routes that use the engine
 _BODY = (400, 404, 408, 413, 415, 503)
+_JOBS = (400, 404, 503)
 _NUMBER = {"type": "number"}
+_TEXT = {"type": "string"}
+_COUNT = {"type": "integer", "minimum": 0}
+_PAGE: Mapping[str, Json] = {"limit": {"type": "integer", "minimum": 1}, "after": _TEXT}
+
+
+def _object(**properties: Json) -> Json:
+    """An object that has these properties, and perhaps others."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_UPLOAD = _object(purpose={"const": "batch"}, file={"type": "string", "format": "binary"})
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): Operation(
@@ -67,6 +82,19 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         (JSON, EVENTS),
         errors=_WORK,
     ),
+    ("POST", "/v1/files"): Operation("Store the input of a batch", "File", errors=(*_JOBS, 408, 413, 415, 507), form=_UPLOAD),
+    ("GET", "/v1/files"): Operation(
+        "The files of this client", "List", errors=_JOBS, query=_PAGE | {"purpose": _TEXT, "order": _TEXT}
+    ),
+    ("GET", "/v1/files/{id}"): Operation("One of them", "File", errors=_JOBS),
+    ("DELETE", "/v1/files/{id}"): Operation("Delete it", errors=(*_JOBS, 409, 507)),
+    ("GET", "/v1/files/{id}/content"): Operation("Its bytes", media=(BYTES,), errors=_JOBS),
+    ("POST", "/v1/batches"): Operation("Start a batch", "Batch", CreateBatch, errors=(*_JOBS, 408, 413, 415, 507)),
+    ("GET", "/v1/batches"): Operation("The batches of this client, newest first", "List", errors=_JOBS, query=_PAGE),
+    ("GET", "/v1/batches/{id}"): Operation("One of them", "Batch", errors=_JOBS),
+    ("POST", "/v1/batches/{id}/cancel"): Operation("End it; what is finished is kept", "Batch", errors=(*_JOBS, 409, 507)),
+    ("POST", "/v1/batches/{id}/pause"): Operation("Start no more of its lines", "Batch", errors=(*_JOBS, 409, 507)),
+    ("POST", "/v1/batches/{id}/resume"): Operation("Go on with it", "Batch", errors=(*_JOBS, 409, 507)),
     ("GET", "/v1/models"): Operation("Every name that a request may call", "List", errors=(503,)),
     ("GET", "/v1/models/{id:.+}"): Operation("One of them", "Model", errors=(404, 503)),
     ("POST", "/tokenize"): Operation("Text or a conversation as token ids", "Tokens", TokenizeBody, errors=_BODY),
@@ -88,15 +116,6 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/admin/drain"): Operation("Take no new requests, finish those in flight, leave", status=202),
 }
 
-_TEXT = {"type": "string"}
-_COUNT = {"type": "integer", "minimum": 0}
-
-
-def _object(**properties: Json) -> Json:
-    """An object that has these properties, and perhaps others."""
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
 _ANSWERS: Mapping[str, Json] = {
     "Error": _object(
         error=_object(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]})
@@ -114,6 +133,8 @@ _ANSWERS: Mapping[str, Json] = {
     ),
     "Model": _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT),
     "List": _object(object={"const": "list"}, data={"type": "array", "items": {"type": "object"}}),
+    "File": _object(id=_TEXT, object={"const": "file"}, bytes=_COUNT, created_at=_COUNT, filename=_TEXT, purpose=_TEXT),
+    "Batch": _object(id=_TEXT, object={"const": "batch"}, endpoint=_TEXT, status=_TEXT, request_counts={"type": "object"}),
     "Tokens": _object(count=_COUNT, max_model_len=_COUNT, tokens={"type": "array", "items": _COUNT}),
     "Prompt": _object(prompt=_TEXT),
 }
@@ -169,6 +190,8 @@ def _operation(route: Row, operation: Operation) -> Json:
     if operation.body is not None:
         body = {"$ref": _REF.format(name=operation.body.__name__)}
         made["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+    if operation.form is not None:
+        made["requestBody"] = {"required": True, "content": {FORM: {"schema": operation.form}}}
     if route.access is not Access.PUBLIC:
         made["security"] = [{"admin" if route.access is Access.ADMIN else "key": []}]
     return made
@@ -176,7 +199,15 @@ def _operation(route: Row, operation: Operation) -> Json:
 
 def _error(status: int) -> Json:
     texts = {400: "fix the request", 401: "a key is missing or wrong", 403: "the key does not allow this", 404: "not here"}
-    texts |= {408: "too slow", 413: "too large", 415: "not JSON", 429: "your share is in use; wait", 503: "not now; wait"}
+    texts |= {
+        408: "too slow",
+        413: "too large",
+        415: "not JSON",
+        409: "not as things stand",
+        429: "your share is in use; wait",
+        507: "the disk is full",
+        503: "not now; wait",
+    }
     return {
         "description": texts.get(status, "error"),
         "content": {JSON: {"schema": {"$ref": _REF.format(name="Error")}}},

@@ -198,6 +198,7 @@ def test_a_rate_never_holds_more_than_a_minutes_worth() -> None:
         ("- x", "entry 1 must have"),
         ("- {name: a, key: k, limit: 3}", "entry 1: unknown field 'limit'"),
         ("- {name: 'a b', key: k}", "name must be"),
+        ("- {name: admin, key: k}", "taken by the server"),
         ("- {name: a}", "either key or sha256"),
         ("- {name: a, key: k, sha256: '00'}", "either key or sha256"),
         ("- {name: a, sha256: '00'}", "64 hexadecimal"),

@@ -64,9 +64,11 @@ def references(value: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
-async def test_nothing_that_the_document_allows_or_forbids_causes_a_500(engine: Engine, mode: GenerationMode) -> None:
+async def test_nothing_that_the_document_allows_or_forbids_causes_a_500(
+    engine: Engine, tmp_path: Path, mode: GenerationMode
+) -> None:
     """Answers have the status, the media type and the shape that the document tells."""
-    async with serving(engine) as server:
+    async with serving(engine, data_dir=str(tmp_path / "data")) as server:
         schema = schemathesis.openapi.from_dict((await server.get("/openapi.json"))[1])
         operations = [found.ok() for found in schema.get_all_operations()]
         operations.sort(key=lambda operation: operation.path == "/admin/drain")  # after it the others are refused
