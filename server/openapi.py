@@ -101,6 +101,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/tokenize"): Operation("The same", "Tokens", TokenizeBody, errors=_BODY),
     ("POST", "/detokenize"): Operation("Token ids as text", "Prompt", DetokenizeBody, errors=_BODY),
     ("POST", "/v1/detokenize"): Operation("The same", "Prompt", DetokenizeBody, errors=_BODY),
+    ("GET", "/tokenizer_info"): Operation("Special tokens and chat template", query={"model": _TEXT}, errors=(404, 503)),
+    ("GET", "/v1/tokenizer_info"): Operation("The same", query={"model": _TEXT}, errors=(404, 503)),
     ("GET", "/health"): Operation("Whether requests in flight can finish", "Status", errors=(503,)),
     ("GET", "/ready"): Operation("Whether new requests are taken", "Status", errors=(503,)),
     ("GET", "/ping"): Operation("The same as /health", "Status", errors=(503,)),
