@@ -61,7 +61,7 @@ _JOBS = (400, 404, 503)
 _NUMBER = {"type": "number"}
 _TEXT = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
-_PAGE: Mapping[str, Json] = {"limit": {"type": "integer", "minimum": 1}, "after": _TEXT}
+_PAGE: dict[str, Json] = {"limit": {"type": "integer", "minimum": 1}, "after": _TEXT}
 
 
 def _object(**properties: Json) -> Json:
