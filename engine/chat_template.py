@@ -3,8 +3,9 @@
 Owns the sandbox that a template runs in, the shape that messages must have, and the guard that keeps text typed by a
 client from turning into control tokens. Knows no tokenizer and no ids.
 
-Templates come with the checkpoint, never with a request. They are programs all the same: what one writes is bounded
-here, but a loop that writes nothing is not, so callers render in a worker thread, under a time limit.
+Templates come with the checkpoint, never with a request. They are programs all the same: what one writes is bounded, and
+so is the time it takes, which is looked at in every turn of its loops and macros. On an event loop it gets no more than a
+moment; who is told TemplateTooSlow there tries again in a worker thread.
 
 The guard puts a random mark behind the first character of every control token's spelling in the client's text, before
 the template sees it: whatever the template does with that text, the spelling stays broken. The tokenizer then encodes
@@ -14,14 +15,17 @@ encoding.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from engine.clock import MonotonicClock
 from engine.errors import ContextTooLong, InvalidCheckpoint, InvalidRequest
 
 if TYPE_CHECKING:
@@ -39,11 +43,32 @@ OPTIONS: Mapping[str, type | tuple[type, ...]] = {
     "date_string": str,
 }
 DEFAULT_MAX_CHARS = 1 << 24
+BUDGET = 10.0  # seconds that a template may take, and on an event loop:
+QUICK_BUDGET = 0.02
 _MAX_DEPTH = 64
 _MAX_REASON = 500
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 # Written by the application or by the model itself, whose own markup (<think>, <tool_call>) must come back as tokens.
 _TRUSTED_ROLES = frozenset({"system", "developer", "assistant"})
+
+
+class TemplateTooSlow(InvalidRequest):
+    """The template did not come to its end in the time it has."""
+
+
+class _Deadline(threading.local):
+    """When the template that this thread renders must be done."""
+
+    at = float("inf")
+
+    def check(self) -> None:
+        """Called by the template itself, in every turn of a loop and at every call of a macro."""
+        if _clock.now() > self.at:
+            raise TemplateTooSlow("the model's chat template takes too long over these messages", param="messages")
+
+
+_clock = MonotonicClock()
+_deadline = _Deadline()
 
 
 class ChatTemplate:
@@ -61,6 +86,7 @@ class ChatTemplate:
     ) -> None:
         self._templates = {name: _compile(name, source) for name, source in sources.items()}
         self._names = dict(names)
+        self.slow = False  # it was too slow for an event loop once: render it elsewhere
         self._mark = f"\ue000{secrets.randbelow(10**16):016}\ue001"  # nobody outside can type it
         control = set(control)
         self._control = _any_of(control)
@@ -107,6 +133,8 @@ class ChatTemplate:
     def _generate(self, template: Template, variables: Mapping[str, Any], max_chars: int) -> str:
         pieces: list[str] = []
         left = max_chars
+        on_loop = asyncio._get_running_loop() is not None
+        _deadline.at = _clock.now() + (QUICK_BUDGET if on_loop else BUDGET)
         try:
             for piece in template.generate(variables):
                 left -= len(piece)
@@ -115,9 +143,14 @@ class ChatTemplate:
                 pieces.append(piece)
         except ContextTooLong:
             raise
+        except TemplateTooSlow:
+            self.slow = self.slow or on_loop
+            raise
         except Exception as error:  # a template is a program: anything can come out of it
             reason = str(error).replace(self._mark, "")[:_MAX_REASON]
             raise InvalidRequest(f"the model's chat template refuses these messages: {reason}", param="messages") from error
+        finally:
+            _deadline.at = float("inf")
         return "".join(pieces)
 
     def guard(self, text: str, *, trusted: bool) -> str:
@@ -303,6 +336,7 @@ def _compile(name: str, source: str) -> Template:
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """The sandbox, with the helpers and whitespace rules that Hugging Face chat templates are written for."""
+    from jinja2.compiler import CodeGenerator, Frame
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import Node
@@ -349,7 +383,36 @@ def _environment() -> ImmutableSandboxedEnvironment:
         """JSON for a prompt; Jinja's own filter escapes it for HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    class Watched(CodeGenerator):
+        """Compiles templates whose every block (of a loop, a macro, a condition) first looks at the time."""
+
+        def blockvisit(self, nodes: Iterable[Node], frame: Frame) -> None:
+            self.writeline("environment.check_time()")
+            super().blockvisit(nodes, frame)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        code_generator_class = Watched
+        intercepted_binops = frozenset(["*", "**"])
+
+        def check_time(self) -> None:
+            _deadline.check()
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """One operation must not take for ever either: numbers multiply, and powers stay small."""
+            numbers = [side for side in (left, right) if isinstance(side, int | float)]
+            if operator == "**":
+                too_large = len(numbers) < 2 or abs(left) > 1e6 or abs(right) > 16
+            elif len(numbers) == 2:
+                too_large = sum(number.bit_length() for number in numbers if isinstance(number, int)) > 4096
+            else:
+                too_large = any(
+                    len(side) * number > 1 << 20 for side in (left, right) if side is not numbers[0] for number in numbers
+                )
+            if too_large:
+                raise SecurityError(f"the result of {operator} is too large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": namespace}
     return environment

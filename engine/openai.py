@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import msgspec
 
 import engine.replies as replies
 from engine.calls import CHAT, COMPLETIONS, Call, parse
+from engine.chat_template import TemplateTooSlow
 from engine.errors import (
     ContextTooLong,
     EngineDead,
@@ -182,8 +184,9 @@ async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -
     """Hand `call` to the engine: all of its prompts or none. Long prompts and grammars are dealt with in other threads."""
     constrained = call.params.grammar is not None or (call.offer is not None and call.offer.constrains)
     threads = _constraining if constrained else _tokenizing
-    if call.chars <= LARGE_PROMPT and threads is _tokenizing:
-        return _submit(engine, call, request_id)
+    if call.chars <= LARGE_PROMPT and threads is _tokenizing and not _has_slow_template(engine, call):
+        with suppress(TemplateTooSlow):  # there it has more time
+            return _submit(engine, call, request_id)
     loop = asyncio.get_running_loop()
     future = threads.submit(copy_context().run, _submit, engine, call, request_id)
     try:
@@ -191,6 +194,10 @@ async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -
     except asyncio.CancelledError:
         future.add_done_callback(_abort_orphan)  # the thread may still submit, and nobody would read it
         raise
+
+
+def _has_slow_template(engine: Engine, call: Call) -> bool:
+    return call.messages is not None and engine.tokenizer(engine.resolve(call.model, call.tenant).id).template_is_slow
 
 
 def _abort_orphan(future: Future[Job]) -> None:

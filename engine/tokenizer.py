@@ -86,6 +86,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def template_is_slow(self) -> bool:
+        """Whether the chat template was once too slow for an event loop."""
+        return self._template is not None and self._template.slow
+
     def encode(self, text: str, add_special: bool = True, *, max_tokens: int | None = None, param: str = "prompt") -> list[int]:
         """The ids of `text`; spellings of control tokens in it become control tokens.
 

@@ -124,7 +124,9 @@ async def _answered(service: Service, request: web.Request, handler: Handler, ac
     except web.HTTPException as error:
         return _routing_error(request, error)
     except ConnectionError:
-        raise  # the client left; aiohttp knows
+        if request.transport is not None and not request.transport.is_closing():
+            raise
+        return web.Response(status=499)  # the client left and gets nothing; raised, it would be logged as a failure of ours
     except SluiceError as error:
         return answer_response(error_answer(error))
     except Exception as error:

@@ -68,3 +68,11 @@ def test_metrics_exist(document: Path) -> None:
 def test_modules_that_are_run_exist(document: Path) -> None:
     for module in re.findall(r"python -m ((?:engine|server|bench|nvdriver)[\w.]*)", document.read_text(encoding="utf-8")):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+
+
+def test_every_fault_has_the_tests_it_names() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text(encoding="utf-8")))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    real = set(re.findall(r"^ *(?:async )?def (test_\w+)\(", text, re.MULTILINE))
+    assert named
+    assert named - real == set()
