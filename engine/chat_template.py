@@ -333,6 +333,17 @@ def _compile(name: str, source: str) -> Template:
         raise InvalidCheckpoint(f"chat template {name!r}: {error.message} in line {error.lineno}") from error
 
 
+def _is_large(operator: str, left: Any, right: Any) -> bool:
+    """Whether `left * right` or `left ** right` could take for ever, or all memory: no look at the time would come between."""
+    numbers = [side for side in (left, right) if isinstance(side, int | float)]
+    if operator == "**":
+        return len(numbers) < 2 or abs(left) > 1e6 or abs(right) > 16
+    if len(numbers) == 2:
+        return sum(number.bit_length() for number in numbers if isinstance(number, int)) > 4096
+    text = right if numbers and numbers[0] is left else left
+    return any(len(text) * number > 1 << 20 for number in numbers)
+
+
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """The sandbox, with the helpers and whitespace rules that Hugging Face chat templates are written for."""
@@ -398,17 +409,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
             _deadline.check()
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            """One operation must not take for ever either: numbers multiply, and powers stay small."""
-            numbers = [side for side in (left, right) if isinstance(side, int | float)]
-            if operator == "**":
-                too_large = len(numbers) < 2 or abs(left) > 1e6 or abs(right) > 16
-            elif len(numbers) == 2:
-                too_large = sum(number.bit_length() for number in numbers if isinstance(number, int)) > 4096
-            else:
-                too_large = any(
-                    len(side) * number > 1 << 20 for side in (left, right) if side is not numbers[0] for number in numbers
-                )
-            if too_large:
+            if _is_large(operator, left, right):
                 raise SecurityError(f"the result of {operator} is too large")
             return super().call_binop(context, operator, left, right)
 
