@@ -45,6 +45,7 @@ from engine.types import SamplingParams, Submit, Tenant, TokenOut
 
 OFFLINE = Tenant.OFFLINE
 MIB = 2**20
+STEP_TOKENS = 512
 
 
 class Bench:
@@ -52,7 +53,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.config = EngineConfig(model=args.model, kv_cache_memory=args.kv_memory, max_num_seqs=args.seqs)
+        self.config = EngineConfig(
+            model=args.model, kv_cache_memory=args.kv_memory, max_num_seqs=args.seqs, max_num_batched_tokens=STEP_TOKENS
+        )
         self.built: BuiltModel = load_model(self.config)
         runner = self.built.runner
         assert isinstance(runner, ModelRunner) and self.built.window is not None
@@ -75,7 +78,7 @@ class Bench:
         kv = KVManager(pool, self.config.page_size, prefix_caching=False, host=host)
         scheduler = Scheduler(
             kv, make_policy("online-first"), MonotonicClock(), max_num_seqs=self.args.seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens, max_model_len=num_pages * self.config.page_size,
+            max_num_batched_tokens=STEP_TOKENS, max_model_len=num_pages * self.config.page_size,
             step_time=self.step_time,
         )  # fmt: skip
         return EngineCore(scheduler, self.built.runner, copier=store)
