@@ -61,8 +61,21 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_CHARS = 500  # of an error
 CHARS_PER_TOKEN = 16  # a prompt with more characters a token than this cannot fit; refused before it is tokenized
 LARGE_PROMPT = 4096  # characters; a larger one is rendered and tokenized off the event loop
-_tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-_constraining = ThreadPoolExecutor(4, thread_name_prefix="constrain")  # wait for grammars to be compiled
+
+
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """Those of one tenant, so that no online request ever stands in line behind a job's."""
+
+    tokenizing: ThreadPoolExecutor
+    constraining: ThreadPoolExecutor  # they wait for grammars to be compiled
+
+
+_threads = {
+    Tenant.ONLINE: _Threads(ThreadPoolExecutor(2, "tokenize-online"), ThreadPoolExecutor(4, "constrain-online")),
+    # One that waits: of the two compilers of a model, the other is left to online requests.
+    Tenant.OFFLINE: _Threads(ThreadPoolExecutor(1, "tokenize-offline"), ThreadPoolExecutor(1, "constrain-offline")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +196,13 @@ async def answer(
 async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -> Job:
     """Hand `call` to the engine: all of its prompts or none. Long prompts and grammars are dealt with in other threads."""
     constrained = call.params.grammar is not None or (call.offer is not None and call.offer.constrains)
-    threads = _constraining if constrained else _tokenizing
-    if call.chars <= LARGE_PROMPT and threads is _tokenizing and not _has_slow_template(engine, call):
+    if call.chars <= LARGE_PROMPT and not constrained and not _has_slow_template(engine, call):
         with suppress(TemplateTooSlow):  # there it has more time
             return _submit(engine, call, request_id)
+    threads = _threads[tenant_of(call, engine.resolve(call.model, call.tenant))]
+    pool = threads.constraining if constrained else threads.tokenizing
     loop = asyncio.get_running_loop()
-    future = threads.submit(copy_context().run, _submit, engine, call, request_id)
+    future = pool.submit(copy_context().run, _submit, engine, call, request_id)
     try:
         return await asyncio.wrap_future(future, loop=loop)
     except asyncio.CancelledError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +348,35 @@ async def test_a_call_that_is_cancelled_while_it_is_tokenized(tmp_path: Path) ->
         while engine.stats().tenants[Tenant.ONLINE].running or engine.stats().tenants[Tenant.ONLINE].waiting:
             await asyncio.sleep(0.005)
         assert counters.submitted == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"structured_outputs": {"choice": ["yes", "no"]}}], ids=["long", "constrained"])
+async def test_an_online_prompt_never_stands_in_line_behind_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Whatever the lines of a job take to be made tokens, and however many of them there are."""
+    with make_engine(tmp_path, context=LONG_CONTEXT) as engine:
+        encode, entered, go_on = engine.tokenizer().encode, threading.Event(), threading.Event()
+
+        def slow_for_jobs(text: str, *args: Any, **options: Any) -> list[int]:
+            if text.startswith("job"):
+                entered.set()
+                assert go_on.wait(60), "the online prompt came behind the job's"
+            return encode(text, *args, **options)
+
+        monkeypatch.setattr(engine.tokenizer(), "encode", slow_for_jobs)
+        body = {"max_tokens": 2} | more
+        try:
+            lines = [
+                asyncio.create_task(answer(engine, COMPLETIONS, body | {"prompt": "job " * 1500}, tenant=Tenant.OFFLINE))
+                for _ in range(12)
+            ]
+            assert await asyncio.to_thread(entered.wait, 30)
+
+            online = await answer(engine, COMPLETIONS, body | {"prompt": "people " * 1000})
+
+            assert online.status == 200
+            assert not any(line.done() for line in lines)
+        finally:
+            go_on.set()
+        assert {line.status for line in await asyncio.gather(*lines)} == {200}
