@@ -2,6 +2,7 @@
 
 In one process, so that all arms run on the same loaded model: each window gets a core and a loop of its own, requests go in by
 `EngineLoop.put` when the trace says so, and tokens are timed where they leave the loop. Arms take turns, round after round.
+Tables are generators: they yield what they know after each window, so that a run that is cut short has said that much.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from engine.core import EngineCore
 from engine.errors import EngineDead
 from engine.loop import EngineLoop
 from engine.sched.plan import PlanRow, StepPlan
-from engine.sched.policies import make_policy
+from engine.sched.policies import Budget, Priority, make_policy
 from engine.sched.stopping import LAYER_BUCKETS
+from engine.sched.view import View
 from engine.types import SamplingParams, Submit, Tenant, TokenOut
 
 WHAT = ("ablation", "order", "response", "slo", "modes")
@@ -38,6 +40,23 @@ TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
 ALONE, PRIORITY, BUDGET, LAYERS, COPIES = "online only", "priority", "+ budget", "+ layer preemption", "+ host copies"
 TRACES = {"chat": (1.0, 48, 32), "code": (3.0, 128, 6)}  # burstiness of the gaps; median prompt and output tokens
+
+
+@dataclass(frozen=True)
+class Capped(Priority):
+    """Priority with a fixed number of offline tokens a step: what one sets by hand for want of a latency target."""
+
+    beside: int  # online rows
+    alone: int
+
+    @classmethod
+    def of(cls, text: str) -> Capped:
+        """From "8", or "8/64" where steps without online rows may hold more."""
+        beside, _, alone = text.partition("/")
+        return cls(int(beside), int(alone or beside))
+
+    def budget(self, view: View) -> Budget:
+        return replace(super().budget(view), offline=self.beside if view.unfinished(Tenant.ONLINE) else self.alone)
 
 
 @dataclass(slots=True)
@@ -150,9 +169,11 @@ class Rig:
         self.cost = self._calibrate()
 
     def core(self, options: dict[str, Any]) -> EngineCore:
-        """A core with these options of the engine; `policy`: a baseline by name, `layers`: False stops no pass, `copies`."""
+        """A core with these options of the engine; `policy`: a baseline by name, `cap`: priority with so many offline tokens a
+        step, `layers`: False stops no pass, `copies`."""
         options = dict(options)
         policy, layers, copies = options.pop("policy", None), options.pop("layers", True), options.pop("copies", False)
+        cap = options.pop("cap", None)
         built = self.built if copies else replace(self.built, copier=None)
         if self._used and built.window is not None:
             for slab in range(built.num_slabs):
@@ -161,6 +182,8 @@ class Rig:
         core = build_core(self.config.with_options(**options), built)
         if policy is not None:
             core.scheduler.policy = make_policy(policy)
+        if cap is not None:
+            core.scheduler.policy = Capped.of(cap)
         core.interrupted = (lambda: False) if not layers else core.interrupted
         return core
 
@@ -231,60 +254,93 @@ def pooled(windows: Sequence[Window]) -> dict[str, float]:
     }
 
 
-def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str, load: float, seconds: float) -> dict[str, list[Window]]:
-    """Every arm on every window, the order turning."""
+def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str) -> Iterator[dict[str, list[Window]]]:
+    """Every arm on every window, the order turning; what there is after each. Beyond the first, no round begins that would
+    pass `--sharing-limit`."""
+    args, began = rig.args, time.perf_counter()
     windows: dict[str, list[Window]] = {arm: [] for arm in arms}
-    for number, requests in enumerate(rig.windows(trace, load, seconds, rig.args.rounds)):
+    for number, requests in enumerate(rig.windows(trace, args.load, args.sharing_seconds, args.rounds)):
+        spent = time.perf_counter() - began
+        if args.sharing_limit and number and spent * (number + 1) / number > args.sharing_limit / len(args.traces):
+            say(f"{trace}: no time for round {number}")
+            return
         names = list(arms)
         shift = number * 2 % len(names)
         for arm in names[shift:] + names[:shift]:
             options = dict(arms[arm])
-            offline = options.pop("offline", True)
-            window = rig.run(arm, options, requests, seconds=seconds, offline=offline, key=f"{trace} {load} {number}")
+            offline, key = options.pop("offline", True), f"{trace} {args.load} {number}"
+            window = rig.run(arm, options, requests, seconds=args.sharing_seconds, offline=offline, key=key)
             windows[arm].append(window)
             values = pooled([window])
             say(f"{trace} round {number} {arm}: TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, "
                 f"offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}")  # fmt: skip
-    return windows
+            yield {arm: found for arm, found in windows.items() if found}
 
 
-def ablation(rig: Rig) -> list[str]:
-    """ConServe's table: what each part adds."""
+def ablation(rig: Rig) -> Iterator[list[str]]:
+    """ConServe's table: what each part adds; and priority held to the same tails by a cap set by hand."""
     args = rig.args
     step = {"sharing": "step", "slo_increase": args.tolerance}
+    priority = {"layers": False, "offline_max_batched_tokens": 512}
+    capped = {f"priority, {cap} a step": priority | {"cap": cap} for cap in args.caps}
     arms: dict[str, dict[str, Any]] = {
         ALONE: {"offline": False},
-        PRIORITY: {"policy": "priority", "layers": False, "offline_max_batched_tokens": 512},
-        BUDGET: step | {"layers": False},
+        PRIORITY: priority | {"policy": "priority"},
         LAYERS: step,
+        **capped,
+        BUDGET: step | {"layers": False},
         COPIES: step | {"copies": True},
     }
+    shown = (ALONE, PRIORITY, *capped, BUDGET, LAYERS, COPIES)
     lines = ["## What each part adds", "", f"Tolerance {args.tolerance:.0%}.", ""]
     for trace in args.traces:
-        found = rounds(rig, arms, trace, args.load, args.sharing_seconds)
-        lines += [f"{trace}, online load {args.load:.0%}:", "", *_head("arm", "recomputed")]
-        lines += [_row(arm, pooled(windows), "recomputed") for arm, windows in found.items()]
-        base, best = pooled(found[PRIORITY]), pooled(found[LAYERS])
-        tails = ", ".join(f"{name} x{best[name] / base[name]:.2f}" for name in ("p99-ttft", "p99-tpot"))
-        lines += ["", f"Offline against priority alone: x{best['offline'] / max(base['offline'], 1e-9):.2f}; {tails}.", ""]
-    return lines
+        part: list[str] = []
+        for found in rounds(rig, arms, trace):
+            values = {arm: pooled(found[arm]) for arm in shown if arm in found}
+            part = [_loaded(trace, args), "", *_head("arm", "recomputed")]
+            part += [_row(arm, value, "recomputed") for arm, value in values.items()]
+            part += ["", *_against(values, capped, args.tolerance), ""]
+            yield lines + part
+        lines += part
 
 
-def modes(rig: Rig) -> list[str]:
+def _against(values: dict[str, dict[str, float]], capped: Sequence[str] | dict[str, Any], tolerance: float) -> list[str]:
+    """Offline throughput and tails against priority as it is, and against its best cap whose time per token is in bounds."""
+    if not {ALONE, PRIORITY, LAYERS} <= set(values):
+        return []
+    limit = values[ALONE]["p99-tpot"] * (1 + tolerance)
+    within = [arm for arm in capped if arm in values and values[arm]["p99-tpot"] <= limit]
+    said = []
+    for base in (PRIORITY, *([max(within, key=lambda arm: values[arm]["offline"])] if within else ())):
+        ratios = {name: values[LAYERS][name] / max(values[base][name], 1e-9) for name in ("offline", *METRICS)}
+        tails = ", ".join(f"{name} x{ratios[name]:.2f}" for name in ("p99-ttft", "p99-tpot"))
+        said.append(f"{LAYERS}: offline x{ratios['offline']:.2f} of {base}; {tails}.")
+    if not within:
+        said.append(f"No cap that was tried keeps p99 TPOT within {limit:.1f} ms.")
+    return said
+
+
+def modes(rig: Rig) -> Iterator[list[str]]:
     """Whether `auto` is as good as the better of the two on each trace."""
     args = rig.args
-    arms = {name: {"sharing": name, "slo_increase": args.tolerance} for name in ("exclusive", "step", "auto")}
+    arms: dict[str, dict[str, Any]] = {ALONE: {"offline": False}}
+    arms |= {name: {"sharing": name, "slo_increase": args.tolerance} for name in ("exclusive", "step", "auto")}
     lines = ["## Choice of mode", "", f"Tolerance {args.tolerance:.0%}.", ""]
     for trace in args.traces:
-        found = rounds(rig, {ALONE: {"offline": False}} | arms, trace, args.load, args.sharing_seconds)
-        lines += [f"{trace}, online load {args.load:.0%}:", "", *_head("arm", "requests")]
-        lines += [_row(arm, pooled(windows), "requests") for arm, windows in found.items()]
-        best = max(pooled(found[name])["offline"] for name in ("exclusive", "step"))
-        lines += ["", f"auto has {pooled(found['auto'])['offline'] / best:.1%} of the better one's offline tokens.", ""]
-    return lines
+        part: list[str] = []
+        for found in rounds(rig, arms, trace):
+            part = [_loaded(trace, args), "", *_head("arm", "requests")]
+            part += [_row(arm, pooled(windows), "requests") for arm, windows in found.items()]
+            if len(found) == len(arms):
+                best = max(pooled(found[name])["offline"] for name in ("exclusive", "step"))
+                share = pooled(found["auto"])["offline"] / max(best, 1e-9)
+                part += ["", f"auto has {share:.1%} of the better one's offline tokens."]
+            part.append("")
+            yield lines + part
+        lines += part
 
 
-def slo(rig: Rig) -> list[str]:
+def slo(rig: Rig) -> Iterator[list[str]]:
     """HyGen's table: increase wanted, increase got, and what offline has of it."""
     args = rig.args
     lines = ["## Tolerance and what it yields", ""]
@@ -293,21 +349,22 @@ def slo(rig: Rig) -> list[str]:
         for metric in args.metrics:
             for tolerance in args.tolerances:
                 arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
-        found = rounds(rig, arms, trace, args.load, args.sharing_seconds)
-        alone = pooled(found[ALONE])
-        lines += [f"{trace}, online load {args.load:.0%}:", ""]
-        lines += ["| target | got | offline tok/s | scale at the end |", "|---|--:|--:|--:|"]
-        for arm, windows in found.items():
-            if arm == ALONE:
-                continue
-            metric, values = arm.split()[0], pooled(windows)
-            scale = statistics.fmean(window.scale for window in windows)
-            lines.append(f"| {arm} | {values[metric] / alone[metric] - 1:+.1%} | {values['offline']:.0f} | {scale:.2f} |")
-        lines.append("")
-    return lines
+        part: list[str] = []
+        for found in rounds(rig, arms, trace):
+            part = [_loaded(trace, args), "", "| target | got | offline tok/s | scale at the end | requests |",
+                    "|---|--:|--:|--:|--:|"]  # fmt: skip
+            alone = pooled(found.get(ALONE, []))
+            for arm in [arm for arm in found if arm != ALONE]:
+                metric, values = arm.split()[0], pooled(found[arm])
+                scale = statistics.fmean(window.scale for window in found[arm])
+                got = values[metric] / alone[metric] - 1
+                part.append(f"| {arm} | {got:+.1%} | {values['offline']:.0f} | {scale:.2f} | {values['requests']:.0f} |")
+            part.append("")
+            yield lines + part
+        lines += part
 
 
-def order(rig: Rig) -> list[str]:
+def order(rig: Rig) -> Iterator[list[str]]:
     """A job whose prompts begin alike in groups, lines shuffled, with less KV memory than the beginnings need."""
     rng = random.Random(rig.args.seed)
     vocabulary = rig.built.spec.vocab_size
@@ -322,10 +379,11 @@ def order(rig: Rig) -> list[str]:
         for name in sorted(spent, reverse=bool(number % 2)):
             spent[name].append(_job(rig, name, prompts, number))
             say(f"order {name}: {spent[name][-1]}")
-    for name, runs in spent.items():
-        computed, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
-        lines.append(f"| {name} | {computed:,.0f} | {seconds:.1f} | {len(prompts) / seconds:.1f} |")
-    return [*lines, ""]
+            rows = []
+            for done, runs in spent.items():
+                computed, seconds = (statistics.median(values) for values in zip(*runs, strict=True)) if runs else (0, math.inf)
+                rows.append(f"| {done} | {computed:,.0f} | {seconds:.1f} | {len(prompts) / seconds:.1f} |")
+            yield [*lines, *rows, ""]
 
 
 def _job(rig: Rig, name: str, prompts: Sequence[Sequence[int]], number: int) -> tuple[int, float]:
@@ -348,7 +406,7 @@ def _job(rig: Rig, name: str, prompts: Sequence[Sequence[int]], number: int) -> 
     return counters.computed_tokens - counters.generated_tokens + len(prompts), seconds
 
 
-def response(rig: Rig) -> list[str]:
+def response(rig: Rig) -> Iterator[list[str]]:
     """Layers from an arrival to the stop, and what looking costs when nobody comes."""
     rng = random.Random(rig.args.seed)
     short = [Planned(0.4 * n + rng.uniform(0, 0.2), tuple(rng.choices(range(1000), k=16)), 2) for n in range(rig.args.arrivals)]
@@ -356,7 +414,7 @@ def response(rig: Rig) -> list[str]:
     bounds = [*map(str, LAYER_BUCKETS), "more"]
     counts = {bound: count for bound, count in zip(bounds, window.responses, strict=True) if count}
     ratios, looks = _polling(rig)
-    return [
+    yield [
         "## Stopping an offline pass", "",
         f"{sum(counts.values())} passes stopped, by layers from the arrival to the stop: "
         + ", ".join(f"{bound}: {count}" for bound, count in counts.items())
@@ -392,6 +450,10 @@ def _polling(rig: Rig) -> tuple[list[float], float]:
     return ratios, look
 
 
+def _loaded(trace: str, args: argparse.Namespace) -> str:
+    return f"{trace}, online load {args.load:.0%}:"
+
+
 def _head(first: str, last: str) -> list[str]:
     return [f"| {first} | TTFT mean ms | p99 | TPOT mean ms | p99 | offline tok/s | {last} |", "|---|--:|--:|--:|--:|--:|--:|"]
 
@@ -415,6 +477,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES), help="for the table of tolerances")
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     group.add_argument("--sharing-seconds", type=float, default=12.0, help="of each window")
+    group.add_argument("--sharing-limit", type=float, help="seconds after which no round begins but the first of each trace")
+    group.add_argument("--caps", nargs="+", default=["4", "8", "16", "4/64"],
+        help="ablation: offline tokens a step, or beside online rows / without them, that priority is held to")  # fmt: skip
     group.add_argument("--sharing-depth", type=int, default=48, help="offline requests in flight")
     group.add_argument("--sharing-kv-memory", type=parse_bytes, default=parse_bytes("512MiB"))
     group.add_argument("--groups", type=int, default=32, help="order: beginnings that lines share")
@@ -425,24 +490,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pairs", type=int, default=200, help="response: pairs of steps")
 
 
+def quick(args: argparse.Namespace) -> None:
+    """The least of everything: does it work?"""
+    args.sharing_seconds, args.rounds, args.traces = 2.0, 1, args.traces[:1]
+    args.metrics, args.tolerances = ["mean-tpot"], [0.2]
+    args.caps, args.groups, args.members, args.arrivals, args.pairs = ["8"], 4, 3, 3, 3
+
+
 def main(args: argparse.Namespace) -> int:
-    """Measure one table, print it, and keep it in `args.out`."""
+    """Measure one table, print it, and keep it in `args.out`, as it comes."""
+    if args.quick:
+        quick(args)
     rig = Rig(args)
-    text = {"ablation": ablation, "order": order, "response": response, "slo": slo, "modes": modes}[args.sharing](rig)
-    compared = sum(map(len, rig._pairs.values()))
-    text += [f"Outputs: {compared} requests, {len(rig.unequal)} answered differently by some arm{': ' if rig.unequal else '.'}"
-             + ", ".join(rig.unequal[:5]), ""]  # fmt: skip
-    about = machine()
-    head = [f"{about['cpu']}, {about['cores']} cores; {rig.built.path.name}; step times mispredicted by "
-            f"{rig.error:.1%}; an online request takes {1e3 * rig.cost.first:.0f} ms, {1e3 * rig.cost.prompt_token:.2f} ms per "
-            f"prompt token, {1e3 * rig.cost.output_token:.0f} ms per token.", "",
-            f"    python -m bench.colocation {shlex.join(sys.argv[1:])}", ""]  # fmt: skip
+    table = {"ablation": ablation, "order": order, "response": response, "slo": slo, "modes": modes}[args.sharing]
     folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)
     name = "-".join([args.sharing, *(args.traces if len(args.traces) == 1 else ())])
-    (folder / f"{name}.md").write_text("\n".join(head + text), encoding="utf-8")
-    print("\n".join(head + text))
+    text = ""
+    try:
+        for lines in table(rig):
+            text = "\n".join(_about(rig) + lines + _compared(rig))
+            (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    except KeyboardInterrupt:
+        say("interrupted: what follows is what was measured until then")
+    print(text)
     return 0
+
+
+def _about(rig: Rig) -> list[str]:
+    about, cost = machine(), rig.cost
+    return [f"{about['cpu']}, {about['cores']} cores; {rig.built.path.name}; step times mispredicted by "
+            f"{rig.error:.1%}; an online request takes {1e3 * cost.first:.0f} ms, {1e3 * cost.prompt_token:.2f} ms per "
+            f"prompt token, {1e3 * cost.output_token:.0f} ms per token.", "",
+            f"    python -m bench.colocation {shlex.join(sys.argv[1:])}", ""]  # fmt: skip
+
+
+def _compared(rig: Rig) -> list[str]:
+    compared = sum(map(len, rig._pairs.values()))
+    return [f"Outputs: {compared} requests, {len(rig.unequal)} answered differently by some arm{': ' if rig.unequal else '.'}"
+            + ", ".join(rig.unequal[:5]), ""]  # fmt: skip
 
 
 def say(text: str) -> None:
