@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 OK, LINE_ERRORS, USAGE, ENGINE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 REJECTS_AT_ONCE = 256
 _RESULT_FLAGS = ("served_model_name", "offline_served_model_name", "dtype", "load_format", "max_model_len", "seed")
+_AHEAD, _MOST_AHEAD = 8, 2048  # lines in flight where the order is the engine's: per running one, and of these at most
 _ONCE_FLAGS = ("--restart", "--overwrite", "--retry-errors")
 
 
@@ -92,7 +93,7 @@ class Job:
             return LINE_ERRORS if log.errors.count else OK
         backend = open_backend(self.config)
         try:
-            slots = Slots(self.args.max_inflight or 2 * self.config.max_num_seqs)
+            slots = Slots(self.args.max_inflight or window(self.config))
             run = Run(backend, log, slots, say=progress.say, on_record=progress.count)
             before = backend.harvest()
             progress.start()
@@ -153,6 +154,13 @@ class Job:
 
     def tell_resume(self) -> None:
         _say(f"resume with: {self.resume}")
+
+
+def window(config: EngineConfig) -> int:
+    """Lines in flight: enough that the engine never waits for the next one; more where it looks among them for prompts that
+    begin alike. Waiting lines cost their tokens and no KV."""
+    twice = 2 * config.max_num_seqs
+    return twice if config.offline_order == "fcfs" else max(twice, min(_AHEAD * config.max_num_seqs, _MOST_AHEAD))
 
 
 def describe(facts: InputFacts, config: EngineConfig) -> dict[str, Any]:
@@ -221,7 +229,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-i", "--input-file", type=Path, help="one request a line, in the format of OpenAI's batch API")
     add("-o", "--output-file", required=True, type=Path, help="answers; failures go beside it, to NAME.errors.jsonl")
-    add("--max-inflight", type=_positive, help="most lines in flight (default: twice --max-num-seqs)")
+    add("--max-inflight", type=_positive,
+        help="most lines in flight (default: 8 times --max-num-seqs, but at most 2048, so that lines which begin alike meet; "
+        "with --offline-order fcfs twice)")  # fmt: skip
     add("--max-line-bytes", type=_size, default=MAX_LINE_BYTES, help="longest line taken (default: 1MiB)")
     add("--on-bad-line", choices=("skip", "error"), default="skip",
         help="skip: bad lines go to the errors file, the others run; error: check all lines first, and run nothing if one "
