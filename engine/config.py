@@ -108,7 +108,11 @@ class EngineConfig:
 
     model: str = knob("demo", "folder of a safetensors checkpoint, or 'demo' for the built-in demo model")
     served_model_name: tuple[str, ...] = knob((), "names clients may use for the model (default: the folder's name)")
-    offline_model: str | None = knob(None, "a second model, run in a process of its own, for the offline tenant only")
+    offline_model: str | None = knob(
+        None,
+        "a second model, run in a process of its own, for the offline tenant only; the online model again, with --sharing step "
+        "or auto: run by the online worker",
+    )
     offline_served_model_name: str | None = knob(None, "name of the offline model (default: its folder's name)")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = knob(

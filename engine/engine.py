@@ -132,7 +132,7 @@ class Engine:
         self._count = 0
         self._draining = False
         self._dead: EngineDead | None = None
-        offline = self._models.offline
+        offline = None if self._models.one_worker else self._models.offline
         self._step_time_file = step_time_file(config, built)
         open_guide = self._models.online.grammars.open
         self._core = build_core(config, built, slabs=None if offline is None else (), open_guide=open_guide)

@@ -39,11 +39,15 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """The online model, perhaps an offline one, and the memory they run in."""
+    """The online model, perhaps an offline one, and the memory they run in.
+
+    `one_worker`: the offline model is the online one by another name, and the same worker serves both in shared steps.
+    """
 
     online: Served
     offline: Served | None
     memory: Memory
+    one_worker: bool = False
 
     def find(self, name: str | None, tenant: Tenant | None) -> Served | None:
         """Who serves `name` (None: the tenant's own model) to the tenant.
@@ -67,8 +71,12 @@ def open_models(config: EngineConfig, *, progress: bool, tokenizer: Tokenizer | 
     path = resolve_model(config.model, progress=progress)
     spec = load_spec(path)
     other = _offline_checkpoint(config, progress)
-    memory = plan_memory(config, [spec] if other is None else [spec, other[1]])
     names = _names(config.model, config.served_model_name)
+    if other is not None and config.sharing != "exclusive" and path.samefile(other[0]):
+        memory = plan_memory(config, [spec])
+        online = serve(replace(config, offline_model=None), path, spec, memory, names=names, tokenizer=tokenizer)
+        return ServedModels(online, _by_another_name(config, online), memory, one_worker=True)
+    memory = plan_memory(config, [spec] if other is None else [spec, other[1]])
     if other is None:
         return ServedModels(serve(config, path, spec, memory, names=names, tokenizer=tokenizer), None, memory)
     offline_config, config = config, replace(config, host_kv_memory=0)  # the offline worker has the host tier
@@ -124,7 +132,7 @@ def _offline_checkpoint(config: EngineConfig, progress: bool) -> tuple[Path, Mod
         return None
 
 
-def _serve_offline(config: EngineConfig, online: Served, path: Path, spec: ModelSpec, memory: Memory) -> Served:
+def _offline_names(config: EngineConfig, online: Served) -> tuple[str, ...]:
     assert config.offline_model is not None
     if config.offline_served_model_name is not None:
         names: tuple[str, ...] = (config.offline_served_model_name,)
@@ -133,8 +141,20 @@ def _serve_offline(config: EngineConfig, online: Served, path: Path, spec: Model
         names = names or (f"{_names(config.offline_model, ())[0]}-offline",)
     if online.is_called(names[0]):
         raise InvalidConfig(f"--offline-served-model-name {names[0]!r} is the online model's name; choose another")
+    return names
+
+
+def _by_another_name(config: EngineConfig, online: Served) -> Served:
+    """The online model as the offline tenant's."""
+    names = _offline_names(config, online)
+    return replace(online, card=replace(online.card, id=names[0], aliases=names[1:], tenant=Tenant.OFFLINE))
+
+
+def _serve_offline(config: EngineConfig, online: Served, path: Path, spec: ModelSpec, memory: Memory) -> Served:
+    names = _offline_names(config, online)
     # What online keeps for its reserve and its cached prefixes is not there for the longest offline request.
     available = memory.num_slabs - kept_slabs(config.reserve, memory.num_slabs, config.online_cache_share)
+    assert config.offline_model is not None
     least = pages_in(config, spec, Memory(max(1, available), memory.slab_bytes))
     longest = min(spec.max_position, least * config.page_size)
     offline = replace(config, model=config.offline_model, offline_model=None, max_model_len=longest)

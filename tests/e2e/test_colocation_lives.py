@@ -22,7 +22,7 @@ import pytest
 from colocation_cases import PATIENCE, Models, ask_all, children, colocated, eventually, sharing, two_models, worker_of, workers
 
 from engine import SamplingParams, Tenant
-from engine.errors import ContextTooLong, EngineDead, InvalidRequest, RequestFailed, UnknownModel
+from engine.errors import ContextTooLong, EngineDead, InvalidConfig, InvalidRequest, RequestFailed, UnknownModel
 
 ROOT = Path(__file__).parents[2]
 ENDLESS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -121,6 +121,35 @@ def test_the_same_model_twice(models: Models) -> None:
             answers = [engine.submit(case.prompt, case.params, model=name).result(PATIENCE) for name in ("chat", offline)]
             assert [done.choices[0].tokens for done in answers] == [models.answers[Tenant.ONLINE][index].tokens[0]] * 2
             assert [done.tenant for done in answers] == [Tenant.ONLINE, Tenant.OFFLINE]
+
+
+@pytest.mark.parametrize("mode", ["step", "auto"])
+def test_the_same_model_twice_in_shared_steps_is_loaded_once(models: Models, tmp_path: Path, mode: str) -> None:
+    again = tmp_path / "again"
+    again.symlink_to(models.online)
+    options = {"offline_model": str(again), "offline_served_model_name": "night", "served_model_name": ("chat", "alias")}
+    with colocated(models, sharing=mode, **options) as engine:
+        assert not workers() and engine.stats().sharing is None, "nobody but the online worker"
+        assert [(card.id, card.tenant) for card in engine.models] == [("chat", Tenant.ONLINE), ("night", Tenant.OFFLINE)]
+        assert engine.resolve("alias", Tenant.OFFLINE).id == engine.resolve(None, Tenant.OFFLINE).id == "night"
+        running = [
+            (name, index, engine.submit(case.prompt, case.params, model=name))
+            for index, case in enumerate(models.cases[Tenant.ONLINE])
+            for name in ("chat", "night")
+        ]
+        for name, index, generation in running:
+            done = generation.result(PATIENCE)
+            assert done.model == name and done.tenant is (Tenant.ONLINE if name == "chat" else Tenant.OFFLINE)
+            assert done.choices[0].tokens == models.answers[Tenant.ONLINE][index].tokens[0]
+        assert engine.stats().tenants[Tenant.OFFLINE].counters.generated_tokens > 0
+
+
+def test_its_name_is_checked_in_shared_steps_too(models: Models) -> None:
+    with pytest.raises(InvalidConfig, match="chat"):
+        colocated(
+            models, offline_model=str(models.online), sharing="step", served_model_name=("chat",),
+            offline_served_model_name="chat",
+        )  # fmt: skip
 
 
 # -- memory, the ledger, offline work of the online model
