@@ -69,9 +69,9 @@ def shapes(rng: random.Random) -> Iterator[tuple[int, int]]:
         yield from rng.sample(every, len(every))
 
 
-def look(built: BuiltModel, page_size: int, seconds: float, steps: int, seed: int) -> Found:
-    """Run steps, most of them to learn from, until there are `steps` or the time is over."""
-    rng, model, found, runner = random.Random(seed), StepTime(), Found(), built.runner
+def look(model: StepTime, built: BuiltModel, page_size: int, seconds: float, steps: int, seed: int) -> Found:
+    """Run steps, most of them for `model` to learn from, until there are `steps` or the time is over."""
+    rng, found, runner = random.Random(seed), Found(), built.runner
     pages = built.num_slabs * built.pages_per_slab
     equal = [make_step(rng, *shape, pages, page_size) for shape in _EQUAL]
     turns, began = cycle(range(len(equal))), time.perf_counter()
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     if built.window is not None:
         for slab in range(built.num_slabs):
             built.window.map(slab)
-    found = look(built, config.page_size, args.seconds, args.steps, args.seed)
+    found = look(StepTime(), built, config.page_size, args.seconds, args.steps, args.seed)
     about = machine()
     print(f"{about['cpu']}, {about['cores']} cores; {built.path.name}; {found.learned} steps learned from")
     if not found.errors:

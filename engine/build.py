@@ -258,8 +258,10 @@ def build_core(
     slabs: Iterable[int] | None = None,
     clock: Clock | None = None,
     open_guide: Callable[[Grammar], Guide] | None = None,
+    step_time: StepTime | None = None,
 ) -> EngineCore:
-    """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all)."""
+    """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all), and knows this of the
+    times of steps (default: what an earlier run learned)."""
     num_pages = built.num_slabs * built.pages_per_slab
     longest = max_model_len(config, built.spec, num_pages)
     slabs = range(built.num_slabs) if slabs is None else slabs
@@ -288,7 +290,7 @@ def build_core(
         prefix_order=config.offline_order == "prefix",
         max_model_len=longest,
         eos_ids=built.spec.eos_ids,
-        step_time=StepTime.load(step_time_file(config, built)),
+        step_time=step_time or StepTime.load(step_time_file(config, built)),
         open_guide=open_guide,
     )
     core = EngineCore(scheduler, built.runner, copier=built.copier, ttft=_ttft(config))
