@@ -169,7 +169,12 @@ class Rig:
         self.step_time = StepTime()  # not the user's: what it knows must not depend on what ran here before
         self.core({})  # maps the window
         say("learning step times")
-        look(self.step_time, self.built, self.config.page_size, 12.0, 400, args.seed)
+        options = (self.step_time, self.built, self.config.page_size, 60.0, 200, args.seed)
+        learner = threading.Thread(target=look, args=options)  # which ends: a second pool of compute threads slows the first
+        learner.start()
+        learner.join()
+        if not self.step_time.ready:
+            raise SystemExit("error: steps take too long here to learn anything of them; is the machine busy?")
         self.cost = self._calibrate()
 
     def core(self, options: dict[str, Any]) -> EngineCore:
