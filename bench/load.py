@@ -122,7 +122,7 @@ async def aborts(server: ServerProcess, args: argparse.Namespace) -> dict[str, A
         await asyncio.gather(*(one() for _ in range(64)))
         await idle(server.port)
 
-    await cycles(1000)  # pools and caches have their size now
+    await cycles(args.cycles)  # pools, caches and the heap have their size now: a leak goes on growing
     pages = await metric(server.port, "sluice_kv_pages")
     before = footprint(server)
     start = time.perf_counter()
@@ -136,7 +136,7 @@ async def aborts(server: ServerProcess, args: argparse.Namespace) -> dict[str, A
         "after": after,
         "holds": {
             "descriptors": after["fds"] <= before["fds"] + 2,
-            "threads": after["threads"] <= before["threads"] + 1,
+            "threads": after["threads"] <= before["threads"] + 2,  # those that tokenize may have begun
             "pages": await metric(server.port, "sluice_kv_pages") == pages,
             "memory": after["rss_mib"] - before["rss_mib"] < 32,
         },
@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.parts:
         flags = ["--step-ms", str(args.step_ms), "--max-num-seqs", str(args.seqs), "--max-num-queued-reqs", str(args.queue)]
         flags += ["--model", args.model] if args.model else []
-        with ServerProcess("sluice", *flags, "--sse-write-timeout", "5") as server:
+        # Few pages: the fake runner remembers what lies in each, and must have seen them all before memory is compared.
+        with ServerProcess("sluice", *flags, "--pages", "8192", "--sse-write-timeout", "5") as server:
             result[name] = asyncio.run(parts[name](server, args))
         print(name, json.dumps(result[name], indent=1), flush=True)
     if args.out is not None:

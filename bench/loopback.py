@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -142,13 +143,22 @@ async def send(port: int, request: bytes, *, keep: bool = False, leave_after: fl
         transport.close()
 
 
-async def fetch(port: int, path: str) -> str:
-    """The body of a GET."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
-    reply = await reader.read()
-    writer.close()
-    return reply.partition(b"\r\n\r\n")[2].decode()
+async def fetch(port: int, path: str, patience: float = 30.0) -> str:
+    """The body of a GET, asked for again while the server has too many connections."""
+    deadline = time.perf_counter() + patience
+    while True:
+        with contextlib.suppress(ConnectionError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+                reply = await reader.read()
+            finally:
+                writer.close()
+            if reply.startswith(b"HTTP/1.1 200 "):
+                return reply.partition(b"\r\n\r\n")[2].decode()
+        if time.perf_counter() > deadline:
+            raise RuntimeError(f"no answer from {path} within {patience:g} s")
+        await asyncio.sleep(0.1)
 
 
 def events_of(reply: Reply) -> list[bytes]:
