@@ -296,7 +296,7 @@ def build_core(
     core = EngineCore(scheduler, built.runner, copier=built.copier, ttft=_ttft(config))
     core.modes = modes
     if control is not None:
-        core.meter = OnlineMeter(control, scheduler.step_time)
+        core.meter = OnlineMeter(control, scheduler.delays)
     return core
 
 

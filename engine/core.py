@@ -21,7 +21,7 @@ from engine.sched.latency import Load
 from engine.sched.modes import Mode, ModeChooser
 from engine.sched.plan import Checkpoint, Runner, StepPlan, StepResult, StopCondition
 from engine.sched.scheduler import Scheduler
-from engine.sched.slo import OnlineMeter
+from engine.sched.slo import OnlineMeter, offline_share
 from engine.sched.stopping import LAYER_BUCKETS, StopRule, Waiting
 from engine.types import Submit, Tenant, TokenOut
 
@@ -269,8 +269,7 @@ class EngineCore:
             self._copying.earn(result.seconds)
         self.on_step(plan, result)
         now = self.scheduler.clock.now()
-        if self.meter is not None:
-            self.meter.ran(plan.rows, launched.began, now)
+        self.scheduler.delays.ran(launched.began, now, offline_share(plan.rows, self.scheduler.step_time))
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []

@@ -68,6 +68,7 @@ class Stats:
     kv_pages: int
     kv_pages_free: int
     kv_pages_cached: int
+    kv_bytes: int  # the KV memory of all models together
     page_size: int
     step_prediction_error: float  # mean of |predicted - measured| / measured over recent steps
     part_seconds: Mapping[str, float]  # time computing since the start, by tenant and phase (`timeline.PARTS`)
@@ -351,6 +352,7 @@ class Engine:
             kv_pages=pool.num_pages,
             kv_pages_free=pool.num_free,
             kv_pages_cached=pool.num_cached,
+            kv_bytes=self._models.memory.num_slabs * self._models.memory.slab_bytes,
             page_size=kv.page_size,
             step_prediction_error=scheduler.step_time.error,
             steps=self._core.stats(),

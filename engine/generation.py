@@ -136,13 +136,16 @@ class Times:
     queued: float = 0.0  # seconds until it was first admitted
     first: float | None = None  # its first token, of whichever choice
     last: float | None = None  # its last token so far
+    delayed_first: float = 0.0  # seconds of offline work in steps until its first token
+    delayed: float = 0.0  # the same to its end
 
     def saw(self, out: TokenOut) -> None:
+        self.delayed = max(self.delayed, out.delayed)
         if out.token is None:
             return
         self.last = _clock.now()
         if self.first is None:
-            self.first, self.queued = self.last, out.queued
+            self.first, self.queued, self.delayed_first = self.last, out.queued, out.delayed
 
 
 class Generation:

@@ -21,6 +21,7 @@ from engine.types import Tenant
 
 PARTS = ("online_prefill", "online_decode", "offline_prefill", "offline_decode")
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+HOLD_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _SPANS = 16384  # a minute and a half of steps of 5 ms
 _EVENTS = 1024
@@ -139,7 +140,7 @@ def seconds_by_part(span: Span) -> tuple[float, float, float, float]:
 
 
 class StepHistogram:
-    """Counts of steps by a bound; the last count holds what is beyond the largest one. One writer."""
+    """Counts by a bound; the last count holds what is beyond the largest one. One writer."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -164,6 +165,7 @@ class Timeline:
         self.served: Ring[Served] = Ring(_EVENTS)
         self.step_seconds = {tenant: StepHistogram(STEP_SECONDS) for tenant in Tenant}  # by who was served; mixed: online
         self.step_tokens = StepHistogram(STEP_TOKENS)
+        self.hold_seconds = StepHistogram(HOLD_SECONDS)  # of whoever holds the arbiter's lock
         self._busy_until = self.began
         self._own = [0.0] * len(PARTS)
         self._worker = [0.0] * len(PARTS)
@@ -198,6 +200,7 @@ class Timeline:
             return 0.0
         start = self._holds[-1][0]
         self._holds[-1] = start, at
+        self.hold_seconds.add(at - start)
         return at - start
 
     # -- the thread that hears from the offline worker

@@ -236,6 +236,7 @@ class Request:
     page_hashes: list[bytes] = field(default_factory=list)  # chained hash of each full page. KVManager
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission. Scheduler
     queued: float = 0.0  # seconds from arrival to its first admission. Scheduler
+    delays: float = 0.0  # the reading of the scheduler's clock of delays when it arrived. Scheduler
     num_preemptions: int = 0  # Scheduler
     parked: bool = False  # its rows sit in a checkpoint and may not be planned again. ParkedPasses
     restoring: bool = False  # its pages are being copied back and may not be used yet. Scheduler
@@ -291,6 +292,7 @@ class TokenOut(msgspec.Struct, frozen=True, kw_only=True):
     num_cached: int = 0
     num_preemptions: int = 0
     queued: float = 0.0  # with the first token: seconds until the request was admitted
+    delayed: float = 0.0  # with the first and the last: seconds so far of steps, or shares of steps, that were offline work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

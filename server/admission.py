@@ -78,12 +78,9 @@ class InFlight:
             raise _full(f"this key has {most} requests in flight already", "rate_limit_exceeded")
         if tenant is Tenant.OFFLINE and self._flex and self._tenants[tenant] >= self._flex:
             raise _full(f"{self._flex} flex requests are in flight already", "resource_unavailable")
-        requests = self._rate(self._requests, client.name, client.requests_per_minute)
         tokens = self._rate(self._tokens, client.name, client.tokens_per_minute)
-        self._check_rate(requests, f"this key may send {client.requests_per_minute} requests a minute")
         self._check_rate(tokens, f"this key may use {client.tokens_per_minute} tokens a minute")
-        if requests is not None:
-            requests.take(1)
+        self.count(client)
         self._clients[client.name] += 1
         self._tenants[tenant] += 1
         place = Place()
@@ -96,6 +93,13 @@ class InFlight:
             self._clients[client.name] -= 1
             if not self._clients[client.name]:
                 del self._clients[client.name]  # clients that are idle cost nothing
+
+    def count(self, client: Client) -> None:
+        """Take one of the requests that the key may send. Raises Refused if there is none."""
+        requests = self._rate(self._requests, client.name, client.requests_per_minute)
+        self._check_rate(requests, f"this key may send {client.requests_per_minute} requests a minute")
+        if requests is not None:
+            requests.take(1)
 
     def _rate(self, rates: dict[str, Rate], name: str, per_minute: int) -> Rate | None:
         if not per_minute:

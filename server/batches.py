@@ -77,6 +77,7 @@ async def create(request: web.Request) -> web.StreamResponse:
         priority=clamp_priority(_priority(wanted.priority, metadata), service.config),
         skip_bad_lines=_skip_bad_lines(wanted.on_bad_line or metadata.get("on_bad_line")),
     )
+    service.in_flight.count(request[CLIENT])  # one request, whatever its lines: those have the time that others leave
     try:
         with full_disk():
             record = await jobs.create(record)

@@ -179,7 +179,7 @@ class Watch:
         now, count = time.monotonic(), len(delta.tokens)
         if count:
             if (last := self.told.get(choice)) is None:
-                self._first_token(now - self.started)
+                self._first_token(now - self.started, choice[0])
             else:
                 observe = self.token_seconds.observe
                 for _ in range(count):
@@ -195,7 +195,8 @@ class Watch:
         """The answer is complete."""
         assert self.job is not None
         self.metrics.e2e.labels(*self.labels).observe(time.monotonic() - self.started)
-        for generation in self.job.generations:
+        self.metrics.interference.inc(self.job.cost.waited_us / 1e6)
+        for index, generation in enumerate(self.job.generations):
             usage, times = generation.usage, generation.times
             self.metrics.given_way.labels(*self.labels).observe(generation.num_preemptions)
             self.metrics.cached_tokens.labels(*self.labels).inc(usage.cached_tokens)
@@ -204,21 +205,25 @@ class Watch:
                 self._stages(*stages)
                 self.timeline.served.append(Served(generation.request_id, self.job.tenant, *stages))
                 if not self.job.call.stream:  # nobody saw it come: this is when it was there
-                    self._first_token(times.first - self.started)
+                    self._first_token(times.first - self.started, index)
                 if (later := usage.completion_tokens // self.job.call.params.n - 1) > 0:
-                    self._per_token((times.last - times.first) / later)
+                    self._per_token((times.last - times.first) / later, (times.delayed - times.delayed_first) / later)
+                if self.job.tenant is Tenant.ONLINE:
+                    self.metrics.interference.inc(times.delayed)
             self.metrics.prompt_tokens.labels(*self.labels).observe(usage.prompt_tokens)
             self.metrics.output_tokens.labels(*self.labels).observe(usage.completion_tokens)
 
-    def _first_token(self, seconds: float) -> None:
+    def _first_token(self, seconds: float, prompt: int) -> None:
         assert self.job is not None
         self.metrics.ttft.labels(*self.labels).observe(seconds)
-        self.metrics.recent.add(self.job.tenant, "ttft", seconds)
+        times = self.job.generations[prompt].times
+        delayed = times.delayed_first + self.job.cost.waited_us / 1e6
+        self.metrics.recent.add(self.job.tenant, "ttft", seconds, delayed, times.queued)
 
-    def _per_token(self, seconds: float) -> None:
+    def _per_token(self, seconds: float, delayed: float) -> None:
         assert self.job is not None
         self.metrics.tpot.labels(*self.labels).observe(seconds)
-        self.metrics.recent.add(self.job.tenant, "tpot", seconds)
+        self.metrics.recent.add(self.job.tenant, "tpot", seconds, delayed)
 
     def _stages(self, submitted: float, admitted: float, first: float, last: float) -> None:
         stages = {

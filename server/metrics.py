@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from engine.types import Tenant
-from server.recent import Recent
+from server.recent import CAUSES, Recent
 
 if TYPE_CHECKING:
     from engine.colocate.exclusive import SharingStats
@@ -45,6 +45,7 @@ _ALIASED = {
     "cache_config_info",
     "num_requests_running",
     "num_requests_waiting",
+    "num_requests_waiting_by_reason",
     "kv_cache_usage_perc",
     "prompt_tokens",
     "generation_tokens",
@@ -112,6 +113,7 @@ class Metrics:
         self.disconnects = counter("client_disconnects", "Requests whose client left before the end", ("phase",))
         self.slow_readers = counter("sse_backpressure_aborts", "Streams aborted because nobody read them", ())
         self.stream_errors = counter("stream_errors", "Streams that ended with an error event", ("code",))
+        self.interference = counter("online_interference_seconds", "Time answered online requests spent on offline work", ())
         self.stuck_steps = counter("stuck_steps", "Steps that ran for longer than --stuck-step-timeout", ())
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop ran a timer", _TOKEN_SECONDS, ())
         self.startup = Gauge("sluice_startup_time_seconds", "From the start to the loaded model", registry=registry)
@@ -168,6 +170,8 @@ class _EngineNumbers(Collector):
         pages.add_metric(("free",), stats.kv_pages_free)
         pages.add_metric(("cached",), stats.kv_pages_cached)
         yield pages
+        yield from self._memory(stats)
+        yield self._waiting(stats, names)
         info = GaugeMetricFamily(
             "sluice_cache_config_info", "KV memory", labels=("model_name", "tenant", "block_size", "num_gpu_blocks")
         )
@@ -199,12 +203,45 @@ class _EngineNumbers(Collector):
         if stats.sharing is not None:
             yield from _sharing_metrics(stats.sharing)
 
+    def _memory(self, stats: Stats) -> Iterator[Metric]:
+        assert self.engine is not None
+        size = GaugeMetricFamily("sluice_kv_bytes", "KV memory by who uses it; sums to all of it", labels=("state",))
+        online, offline, cached = self.engine.kv_shares()
+        shares = {"online": online, "offline": offline, "cached": cached, "free": max(0.0, 1 - online - offline - cached)}
+        for state, share in shares.items():
+            size.add_metric((state,), share * stats.kv_bytes)
+        yield size
+
+    @staticmethod
+    def _waiting(stats: Stats, names: dict[Tenant, str]) -> Metric:
+        """Offline requests that wait because online work goes first are told apart from those for which there is no room."""
+        if stats.sharing is not None:
+            stands_back = stats.sharing.state != "offline"
+        else:
+            online = stats.tenants[Tenant.ONLINE]
+            stands_back = stats.steps.mode == "exclusive" and online.running + online.waiting > 0
+        waiting = GaugeMetricFamily(
+            "sluice_num_requests_waiting_by_reason",
+            "Requests waiting for room (capacity), or for online work to end (deferred)",
+            labels=(*_LABELS, "reason"),
+        )
+        for tenant, part in stats.tenants.items():
+            deferred = part.waiting if tenant is Tenant.OFFLINE and stands_back else 0
+            waiting.add_metric((names[tenant], tenant.value, "capacity"), part.waiting - deferred)
+            waiting.add_metric((names[tenant], tenant.value, "deferred"), deferred)
+        return waiting
+
     def _targets(self) -> Iterator[Metric]:
         targets = GaugeMetricFamily("sluice_slo_target_seconds", "What online requests should not exceed", labels=("kind",))
-        missed = CounterMetricFamily("sluice_slo_violations", "Online requests that exceeded it", labels=("kind",))
+        missed = CounterMetricFamily(
+            "sluice_slo_violations",
+            "Online requests that exceeded it, by what they would have met it without",
+            labels=("kind", "cause"),
+        )
         for kind, seconds in self._recent.targets.items():
             targets.add_metric((kind,), seconds)
-            missed.add_metric((kind,), self._recent.missed[kind])
+            for cause in CAUSES:
+                missed.add_metric((kind, cause), self._recent.missed[kind, cause])
         yield targets
         yield missed
 
@@ -242,6 +279,7 @@ def _device_metrics(engine: Engine, stats: Stats) -> Iterator[Metric]:
         parts.add_metric(tuple(part.split("_")), value)
     yield parts
     timeline = engine.timeline
+    holds = timeline.hold_seconds
     steps = HistogramMetricFamily("sluice_step_seconds", "Time of a step by whom it served", labels=("tenant",))
     for tenant, times in timeline.step_seconds.items():
         steps.add_metric((tenant.value,), _buckets(times.bounds, times.counts), times.total)
@@ -251,6 +289,14 @@ def _device_metrics(engine: Engine, stats: Stats) -> Iterator[Metric]:
     yield _histogram(
         "sluice_iteration_tokens_total", "Tokens computed in a step", tokens.bounds, tokens.counts, tokens.total, model
     )
+    if stats.sharing is not None:
+        yield _histogram(
+            "sluice_preempted_duration_seconds",
+            "How long the offline worker stood still at a time",
+            holds.bounds,
+            holds.counts,
+            holds.total,
+        )
     yield GaugeMetricFamily("sluice_step_age_seconds", "Age of the step that runs now", value=engine.step_age())
 
 

@@ -89,7 +89,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/files/{id}"): Operation("One of them", "File", errors=_JOBS),
     ("DELETE", "/v1/files/{id}"): Operation("Delete it", errors=(*_JOBS, 409, 507)),
     ("GET", "/v1/files/{id}/content"): Operation("Its bytes", media=(BYTES,), errors=_JOBS),
-    ("POST", "/v1/batches"): Operation("Start a batch", "Batch", CreateBatch, errors=(*_JOBS, 408, 413, 415, 507)),
+    ("POST", "/v1/batches"): Operation("Start a batch", "Batch", CreateBatch, errors=(*_JOBS, 408, 413, 415, 429, 507)),
     ("GET", "/v1/batches"): Operation("The batches of this client, newest first", "List", errors=_JOBS, query=_PAGE),
     ("GET", "/v1/batches/{id}"): Operation("One of them", "Batch", errors=_JOBS),
     ("POST", "/v1/batches/{id}/cancel"): Operation("End it; what is finished is kept", "Batch", errors=(*_JOBS, 409, 507)),

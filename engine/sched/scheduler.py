@@ -22,6 +22,7 @@ from engine.sched.predictor import OutputLengths, peak_tokens
 from engine.sched.queue import Queue, TenantQueue
 from engine.sched.room import StepRoom
 from engine.sched.rotation import Rotation
+from engine.sched.slo import Delays
 from engine.sched.trie import PrefixesComing, PrefixQueue
 from engine.sched.view import View
 from engine.types import FinishReason, Grammar, Guide, Request, RequestState, Submit, Tenant, TokenLogprob, TokenOut, uniform
@@ -71,6 +72,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_ids = frozenset(eos_ids)
         self.step_time = step_time or StepTime()
+        self.delays = Delays()  # of online requests by offline work; whoever runs the steps tells it
         self._open_guide = open_guide
         self.counters = {tenant: TenantCounters() for tenant in Tenant}
         self._requests: dict[str, Request] = {}
@@ -94,6 +96,7 @@ class Scheduler:
     def add(self, submit: Submit, arrival: float | None = None) -> Request:
         """Queue a request, which arrived now or earlier. The caller has checked that its prompt fits max_model_len."""
         assert submit.id not in self._requests, submit.id
+        arrival = self.clock.now() if arrival is None else arrival
         params = submit.params
         longest = self.max_model_len if params.max_tokens is None else len(submit.prompt) + params.max_tokens
         guide = None
@@ -110,7 +113,8 @@ class Scheduler:
             # A grammar says itself where the output ends, with an end-of-sequence token.
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos and not guide else self.eos_ids),
             max_len=min(longest, self.max_model_len),
-            arrival=self.clock.now() if arrival is None else arrival,
+            arrival=arrival,
+            delays=self.delays.at(arrival),
             priority=submit.priority,
             cache_salt=submit.cache_salt,
             guide=guide,
@@ -539,6 +543,7 @@ class Scheduler:
             num_cached=request.num_cached,
             num_preemptions=request.num_preemptions,
             queued=request.queued if first else 0.0,
+            delayed=self.delays.total - request.delays,
         )
 
     def check(self) -> None:

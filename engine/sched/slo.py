@@ -9,6 +9,7 @@ just meets its target: up slowly and only on fresh evidence, down at once.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -76,18 +77,29 @@ class Delays:
     """A clock that runs while, and as far as, offline work holds up online requests."""
 
     def __init__(self) -> None:
-        self._total = 0.0
+        self.total = 0.0  # the reading at the end of the latest step
         self._ended = 0.0
         self._share = 0.0
 
     def ran(self, began: float, ended: float, share: float) -> None:
         """A step of which this share was offline work's doing."""
-        self._total += (ended - began) * share
+        self.total += (ended - began) * share
         self._ended, self._share = ended, share
 
     def at(self, moment: float) -> float:
         """The reading at a moment in or after the latest step."""
-        return self._total - max(0.0, self._ended - moment) * self._share
+        return self.total - max(0.0, self._ended - moment) * self._share
+
+
+def offline_share(rows: Sequence[PlanRow], step_time: StepTime) -> float:
+    """The share of a step's time that is its offline rows' doing: what it would have been shorter without them."""
+    online = [row for row in rows if row.tenant is Tenant.ONLINE]
+    if not online:
+        return 1.0
+    if len(online) == len(rows) or not step_time.ready:
+        return 0.0
+    both = max(step_time.predict(Load.of(rows)), 1e-9)
+    return max(0.0, 1 - step_time.predict(Load.of(online)) / both)
 
 
 @dataclass(slots=True)
@@ -103,10 +115,9 @@ class _Felt:
 class OnlineMeter:
     """Feeds a control with the requests that an engine core runs."""
 
-    def __init__(self, control: SloControl, step_time: StepTime) -> None:
+    def __init__(self, control: SloControl, delays: Delays) -> None:
         self.control = control
-        self._step_time = step_time
-        self._delays = Delays()
+        self._delays = delays
         self._live: dict[str, _Felt] = {}
 
     def arrived(self, request_id: str, arrival: float) -> None:
@@ -114,18 +125,6 @@ class OnlineMeter:
 
     def gone(self, request_id: str) -> None:
         self._live.pop(request_id, None)
-
-    def ran(self, rows: tuple[PlanRow, ...], began: float, ended: float) -> None:
-        """A step, or a part of one, was run between these moments."""
-        online = [row for row in rows if row.tenant is Tenant.ONLINE]
-        if not online:
-            share = 1.0
-        elif len(online) == len(rows) or not self._step_time.ready:
-            share = 0.0
-        else:
-            both = max(self._step_time.predict(Load.of(rows)), 1e-9)
-            share = max(0.0, 1 - self._step_time.predict(Load.of(online)) / both)
-        self._delays.ran(began, ended, share)
 
     def saw(self, out: TokenOut, now: float) -> None:
         """A request got a token, or ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from serving import MESSAGES, Server, serving
 
 from engine import Engine
 from engine.errors import InvalidConfig
+from server.clients import client_of
 from server.config import ServerConfig
 from server.jobs import open_jobs
 from server.jobs_store import DataDirInUse, Store
@@ -373,3 +375,18 @@ async def test_a_job_that_will_miss_its_window_says_so_early(engine: Engine, tmp
         await server.post(f"/v1/batches/{batch_id}/pause", {})
         view = server.service.batches.summary()[0]  # type: ignore[union-attr]
         assert view.total == 20_000 and view.expires_at == batch["expires_at"]
+
+
+async def test_a_batch_is_one_request_of_its_client(engine: Engine, tmp_path: Path) -> None:
+    """Its lines count against none of the client's limits, and one too many is told when to come back."""
+    client = dataclasses.replace(client_of("night"), requests_per_minute=2, tokens_per_minute=1, max_inflight=1)
+    async with serving(engine, data_dir=str(tmp_path / "data"), clients=(client,)) as server:
+        server.client.headers["Authorization"] = "Bearer night"
+        for _ in range(2):
+            batch = await ended(server, await submit(server, jsonl(*map(line, range(20)))))
+            assert (batch["status"], batch["request_counts"]["completed"]) == ("completed", 20)
+        _, file = await upload(server, jsonl(line(1)))
+        body = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        async with server.client.post(server.url + "/v1/batches", json=body) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert 0 < int(response.headers["Retry-After"]) <= 30

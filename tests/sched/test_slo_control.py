@@ -13,7 +13,7 @@ from engine.fake import FakeRunner, StepCost
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
 from engine.sched.modes import Mode, ModeChooser
-from engine.sched.policies import SharedStep
+from engine.sched.policies import OnlineFirst, SharedStep
 from engine.sched.scheduler import Scheduler
 from engine.sched.slo import Delays, OnlineMeter, SloControl
 from engine.types import SamplingParams, Submit, Tenant, TokenOut
@@ -77,6 +77,27 @@ def test_delays_can_be_read_at_any_moment_of_the_latest_step() -> None:
     assert [delays.at(moment) for moment in (13.0, 14.0)] == [6.0, 7.0]
 
 
+def test_a_request_is_told_what_of_its_time_was_offline_work() -> None:
+    """It comes in the middle of an offline step of 12 ms that does not stop, then decodes alone in steps of 2 ms."""
+    clock = ManualClock()
+    runner = FakeRunner(page_size=16, cost=StepCost(2e-3, 1e-3, 0.0), clock=clock)
+    scheduler = Scheduler(
+        KVManager(PagePool(1, 100), 16), OnlineFirst(), clock, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=200
+    )
+    core = EngineCore(scheduler, runner)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0)
+    core.submit(Submit(id="job", tenant=Tenant.OFFLINE, prompt=tuple(range(10)), params=params, seed=0))
+    core.step()
+    step = clock.now()
+    core.submit(Submit(id="person", tenant=Tenant.ONLINE, prompt=(1, 2, 3), params=params, seed=0), arrival=step / 4)
+    outs = []
+    while scheduler.unfinished(Tenant.ONLINE):
+        outs += core.step()
+    assert [out.id for out in outs] == ["person"] * 3
+    assert outs[0].delayed == pytest.approx(step * 3 / 4), "from its arrival on, and not before"
+    assert outs[-1].delayed == outs[0].delayed, "its own steps are its own"
+
+
 class Live:
     """A core with online requests that come all the time, with or without plenty of offline work."""
 
@@ -89,7 +110,7 @@ class Live:
             max_num_seqs=64, max_num_batched_tokens=128, max_model_len=2000,
         )  # fmt: skip
         self.core = EngineCore(self.scheduler, runner, interrupted=self.due)
-        self.core.meter = OnlineMeter(control, self.scheduler.step_time)
+        self.core.meter = OnlineMeter(control, self.scheduler.delays)
         self.rng = random.Random(1)
         draw = self.rng.randrange
         self.arrivals = [(n * 0.25 + self.rng.uniform(0, 0.1), draw(4, 40), draw(5, 20)) for n in range(500)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import MESSAGES, Server, serving
+from serving import ENDLESS, LONG_CONTEXT, MESSAGES, Server, make_engine, serving
 
 from engine import Engine, SamplingParams, Tenant
 from server.auth import ANYBODY
+from server.recent import Recent, cause_of
 
 CHAT = "/v1/chat/completions"
 SHORT = {"messages": MESSAGES, "max_tokens": 6, "ignore_eos": True}
@@ -115,7 +119,53 @@ async def test_targets_and_those_who_missed_them(engine: Engine) -> None:
         await server.post(CHAT, SHORT | {"service_tier": "flex"})
         _, values = await scrape(server)
     assert values["sluice_slo_target_seconds"] == {("ttft",): 1e-6}
-    assert values["sluice_slo_violations_total"] == {("ttft",): 1.0}, "offline work has no target"
+    missed = values["sluice_slo_violations_total"]
+    assert missed.keys() == {(cause, "ttft") for cause in ("colocation", "load", "other")}
+    assert sum(missed.values()) == 1.0, "offline work has no target"
+
+
+def test_a_missed_target_has_one_cause() -> None:
+    """What alone would have had to be away for it to be met."""
+    assert cause_of(0.2, delayed=0.2, queued=9.0) == "colocation"
+    assert cause_of(0.2, delayed=0.1, queued=0.2) == "load"
+    assert cause_of(0.2, delayed=0.1, queued=0.1) == "other"
+    recent = Recent()
+    recent.targets = {"ttft": 0.5, "tpot": 0.1}
+    recent.add(Tenant.ONLINE, "ttft", 0.5, delayed=0.4)
+    recent.add(Tenant.ONLINE, "ttft", 0.75, delayed=0.5)
+    recent.add(Tenant.ONLINE, "ttft", 0.75, queued=0.5)
+    recent.add(Tenant.ONLINE, "tpot", 0.25)
+    recent.add(Tenant.OFFLINE, "tpot", 0.25)
+    counted = {kind_and_cause for kind_and_cause, count in recent.missed.items() if count}
+    assert counted == {("ttft", "colocation"), ("ttft", "load"), ("tpot", "other")}
+    assert sum(recent.missed.values()) == 3
+
+
+async def test_who_waits_for_what_and_who_uses_the_memory(tmp_path: Path) -> None:
+    with make_engine(tmp_path, context=LONG_CONTEXT, max_num_seqs=1) as engine:
+        async with serving(engine) as server:
+            flex = ENDLESS | {"service_tier": "flex"}
+            tasks: list[asyncio.Task[tuple[int, Any]]] = []
+            reached = {("org/tiny", "capacity", "online"): 1.0}
+            for bodies in ([ENDLESS] * 2, [flex] * 3):
+                tasks += [asyncio.create_task(server.post(CHAT, body)) for body in bodies]
+                async with asyncio.timeout(60):
+                    while True:
+                        _, values = await scrape(server)
+                        waiting = values["sluice_num_requests_waiting_by_reason"]
+                        if {labels: count for labels, count in waiting.items() if count} == reached:
+                            break
+                        await asyncio.sleep(0.02)
+                reached["org/tiny", "deferred", "offline"] = 3.0
+            assert values["vllm:num_requests_waiting_by_reason"]["0", "org/tiny", "capacity"] == 1.0
+            memory = values["sluice_kv_bytes"]
+            assert memory.keys() == {("online",), ("offline",), ("cached",), ("free",)}
+            assert sum(memory.values()) == pytest.approx(engine.stats().kv_bytes)
+            assert memory["online",] > 0
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await server.idle()
 
 
 async def test_what_was_refused_and_why(engine: Engine) -> None:

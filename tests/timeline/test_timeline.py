@@ -168,6 +168,7 @@ def test_released_without_a_hold_is_nothing() -> None:
     assert timeline.holds(9.0) == [(6.0, 9.0)]
     assert timeline.released(8.0) == 2.0
     assert timeline.released(9.0) == 0.0
+    assert (sum(timeline.hold_seconds.counts), timeline.hold_seconds.total) == (1, 2.0)
     assert timeline.holds(9.0) == [(6.0, 8.0)]
 
 
