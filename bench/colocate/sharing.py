@@ -487,7 +487,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     group.add_argument("--sharing-seconds", type=float, default=12.0, help="of each window")
     group.add_argument("--sharing-limit", type=float, help="seconds after which no round begins but the first of each trace")
-    group.add_argument("--caps", nargs="+", default=["4", "8", "16", "4/64"],
+    group.add_argument("--caps", nargs="+", default=["2", "4", "8", "4/64"],
         help="ablation: offline tokens a step, or beside online rows / without them, that priority is held to")  # fmt: skip
     group.add_argument("--sharing-depth", type=int, default=48, help="offline requests in flight")
     group.add_argument("--sharing-kv-memory", type=parse_bytes, default=parse_bytes("512MiB"))
