@@ -40,6 +40,7 @@ ROUTES = (
     Route("POST", "/v1/batches/{id}/cancel", batches.cancel),
     Route("POST", "/v1/batches/{id}/pause", batches.pause),
     Route("POST", "/v1/batches/{id}/resume", batches.resume),
+    Route("POST", "/v1/batches/{id}/priority", batches.prioritize),
     Route("GET", "/v1/models", admin.models, Access.MODELS),
     Route("GET", "/v1/models/{id:.+}", admin.model, Access.MODELS),
     Route("POST", "/tokenize", tokens.tokenize),

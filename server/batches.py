@@ -1,13 +1,14 @@
 """/v1/batches: the front door of the offline tenant, in OpenAI's words.
 
 What is ours beyond them stands under `sluice` in the batch object: priority, pause, speed, ETA, slack, the receipt at the end.
-`pause` and `resume` are routes of our own; `priority` and `on_bad_line` are fields of the request (or texts in `metadata`).
+`pause`, `resume` and `priority` are routes of our own; `priority` and `on_bad_line` are fields of the request, or texts in
+`metadata`.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -29,6 +30,8 @@ MAX_WINDOW = 30 * 86_400  # seconds
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 Text = Annotated[str, Meta(max_length=512)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class CreateBatch(msgspec.Struct):
@@ -39,15 +42,21 @@ class CreateBatch(msgspec.Struct):
     completion_window: str
     metadata: Annotated[dict[Annotated[str, Meta(max_length=64)], Text], Meta(max_length=16)] | None = None
     output_expires_after: dict[str, Any] | None = None
-    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    priority: Priority | None = None
     on_bad_line: str | None = None
+
+
+class BatchPriority(msgspec.Struct):
+    """The body of POST /v1/batches/{id}/priority. Lower goes first."""
+
+    priority: Priority
 
 
 async def create(request: web.Request) -> web.StreamResponse:
     """POST /v1/batches"""
     service, jobs = request.app[SERVICE], jobs_of(request)
     check_tenant(request[CLIENT], Tenant.OFFLINE)
-    wanted = await read_json(request, _understand)
+    wanted = await read_json(request, lambda body: _understand(body, CreateBatch))
     seconds = window_seconds(wanted.completion_window)
     if wanted.endpoint not in (CHAT, COMPLETIONS):
         raise InvalidRequest(f"endpoint must be {CHAT} or {COMPLETIONS}", param="endpoint")
@@ -86,9 +95,9 @@ async def create(request: web.Request) -> web.StreamResponse:
     return json_response(batch_body(*jobs.current(record)))
 
 
-def _understand(body: Json) -> CreateBatch:
+def _understand(body: Json, kind: type[Body]) -> Body:
     try:
-        return msgspec.convert(body, CreateBatch)
+        return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         text = str(error)
         param = re.search(r"\$\.(\w+)", text) or re.search(r"field `(\w+)`", text)
@@ -156,6 +165,18 @@ async def pause(request: web.Request) -> web.StreamResponse:
 async def resume(request: web.Request) -> web.StreamResponse:
     """POST /v1/batches/{id}/resume"""
     return await _pause(request, False)
+
+
+async def prioritize(request: web.Request) -> web.StreamResponse:
+    """POST /v1/batches/{id}/priority: its place among the unfinished ones, from now on."""
+    record, jobs = await _find(request), jobs_of(request)
+    wanted = await read_json(request, lambda body: _understand(body, BatchPriority))
+    with full_disk():
+        changed = await jobs.prioritize(record.id, clamp_priority(wanted.priority, request.app[SERVICE].config))
+    if changed is None or changed.status not in ("validating", "in_progress"):
+        status = (changed or await _find(request)).status
+        raise refused(409, f"the batch is {status} and has no place in the order any more", "batch_not_running")
+    return json_response(batch_body(*jobs.current(changed)))
 
 
 async def _pause(request: web.Request, paused: bool) -> web.StreamResponse:

@@ -176,6 +176,10 @@ class Jobs:
         """Pause or resume an unfinished batch; None if it has ended. Raises StoreFull."""
         return await self._ask(self._change(batch_id, partial(Life.pause, paused=paused)))
 
+    async def prioritize(self, batch_id: str, priority: int) -> BatchRecord | None:
+        """Change the place of an unfinished batch; None if it has ended. Raises StoreFull."""
+        return await self._ask(self._change(batch_id, partial(Life.prioritize, priority=priority)))
+
     def close(self, grace: float = 0.0) -> None:
         """Stop; lines in flight get `grace` seconds, and the rest runs when a server takes up the folder again."""
         if not self._closing:

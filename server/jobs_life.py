@@ -168,6 +168,12 @@ class Life:
             self._changed.set()
         return self.record
 
+    async def prioritize(self, priority: int) -> BatchRecord:
+        """Raises StoreFull: then nothing was changed."""
+        if self.record.status in ("validating", "in_progress"):
+            await self._save_now(priority=priority)
+        return self.record
+
     async def save_progress(self) -> None:
         """So that a restart knows about where it stood. Lost progress of this kind costs nothing."""
         if self.record.ended or self._records is None:

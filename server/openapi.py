@@ -17,7 +17,7 @@ from aiohttp import web
 from engine.calls import ChatBody, CompletionBody
 from server.admin import sluice_version
 from server.auth import Access
-from server.batches import CreateBatch
+from server.batches import BatchPriority, CreateBatch
 from server.http import json_response
 from server.tokens import DetokenizeBody, TokenizeBody
 
@@ -95,6 +95,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/batches/{id}/cancel"): Operation("End it; what is finished is kept", "Batch", errors=(*_JOBS, 409, 507)),
     ("POST", "/v1/batches/{id}/pause"): Operation("Start no more of its lines", "Batch", errors=(*_JOBS, 409, 507)),
     ("POST", "/v1/batches/{id}/resume"): Operation("Go on with it", "Batch", errors=(*_JOBS, 409, 507)),
+    ("POST", "/v1/batches/{id}/priority"): Operation(
+        "Change its place among the others", "Batch", BatchPriority, errors=(*_JOBS, 408, 409, 413, 415, 507)
+    ),
     ("GET", "/v1/models"): Operation("Every name that a request may call", "List", errors=(503,)),
     ("GET", "/v1/models/{id:.+}"): Operation("One of them", "Model", errors=(404, 503)),
     ("POST", "/tokenize"): Operation("Text or a conversation as token ids", "Tokens", TokenizeBody, errors=_BODY),

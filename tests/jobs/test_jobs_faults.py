@@ -390,3 +390,23 @@ async def test_a_batch_is_one_request_of_its_client(engine: Engine, tmp_path: Pa
         async with server.client.post(server.url + "/v1/batches", json=body) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (429, "rate_limit_exceeded")
             assert 0 < int(response.headers["Retry-After"]) <= 30
+
+
+async def test_a_batch_changes_its_place(engine: Engine, tmp_path: Path) -> None:
+    """While it is unfinished, no further forward than the server allows; a restart knows of it."""
+    async with serving(engine, data_dir=str(tmp_path / "data"), max_inflight=1) as server:
+        batch_id = await submit(server, jsonl(*map(line, range(1000))))
+        path = f"/v1/batches/{batch_id}"
+        assert (await server.post(path + "/pause", {}))[0] == 200
+        for wanted, given in ((7, 7), (-9, 0), (3, 3)):
+            status, batch = await server.post(path + "/priority", {"priority": wanted})
+            assert (status, batch["sluice"]["priority"]) == (200, given)
+        for wrong in ({}, {"priority": "first"}, {"priority": 2**40}):
+            assert (await server.post(path + "/priority", wrong))[0] == 400
+        assert server.service.batches is not None
+        kept = server.service.batches.store.batch(batch_id)
+        assert kept is not None and kept.priority == 3
+        assert (await server.post(path + "/cancel", {}))[0] == 200
+        assert (await ended(server, batch_id))["status"] == "cancelled"
+        status, reply = await server.post(path + "/priority", {"priority": 1})
+        assert (status, reply["error"]["code"]) == (409, "batch_not_running")
