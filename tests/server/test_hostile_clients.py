@@ -45,6 +45,7 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed(tmp_path: Path)
             assert await has_metric(server, 'sluice_client_disconnects_total{phase="prefill"} 1.0')
 
 
+GIVEN_UP = "sluice_sse_backpressure_aborts_total 1.0"
 STOPPED = """
 import json, socket, sys
 port, body = int(sys.argv[1]), sys.argv[2].encode()
@@ -71,7 +72,8 @@ async def test_a_client_process_that_is_stopped(tmp_path: Path) -> None:
                 client.send_signal(signal.SIGSTOP)
                 try:
                     assert (await server.post(CHAT, SHORT))[0] == 200
-                    while not await has_metric(server, "sluice_sse_backpressure_aborts_total 1.0"):
+                    # Given up, or done where merged deltas were few enough for the system's own buffers.
+                    while server.service.in_flight.total and not await has_metric(server, GIVEN_UP):
                         await asyncio.sleep(0.02)
                     await server.idle()
                 finally:
