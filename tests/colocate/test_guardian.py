@@ -48,6 +48,19 @@ def guardian(control: ControlPage) -> Iterator[Guardian]:
     guardian.close()
 
 
+def is_another(guardian: Guardian, dead: Watched) -> bool:
+    """Whether a guardian lives after the `dead` one. Its number says nothing: it may be the number of the dead one again."""
+    if not dead.gone:
+        return False
+    guardian.check()
+    assert guardian.pid is not None
+    now = Watched(guardian.pid)  # of the dead one, if nobody was started yet: that is gone
+    try:
+        return not now.gone
+    finally:
+        now.close()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_death_of_main_is_the_death_of_its_worker(family: Family, frozen: bool) -> None:
     if frozen:
@@ -120,23 +133,41 @@ def test_a_killed_guardian_is_started_again_and_knows_the_worker(
     worker = children.worker()
     assert moves(control)
     guardian.watch(worker.pid)
-    first = guardian.pid
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
-    eventually(lambda: guardian.check() or guardian.pid != first, "another guardian")
+    assert guardian.pid is not None
+    first = children.watch(guardian.pid)
+    os.kill(first.pid, signal.SIGKILL)
+    eventually(lambda: is_another(guardian, first), "another guardian")
+    guardian.close()
+    assert worker.wait() == -signal.SIGKILL
+
+
+def test_another_guardian_may_have_the_number_of_the_first(children: Children, guardian: Guardian) -> None:
+    """As where many processes come and go: nothing may take the one for the other."""
+    worker = children.worker()
+    guardian.watch(worker.pid)
+    assert guardian.pid is not None
+    for _ in range(20):  # anybody may start a process in between
+        first = children.watch(guardian.pid)
+        os.kill(first.pid, signal.SIGKILL)
+        eventually(lambda first=first: first.gone, "death of the guardian")
+        time.sleep(LEASE_SECONDS)  # before that nobody is started again
+        if not next_pid(first.pid):
+            pytest.skip("process numbers cannot be chosen here")
+        eventually(lambda first=first: is_another(guardian, first), "another guardian")
+        if guardian.pid == first.pid:
+            break
     guardian.close()
     assert worker.wait() == -signal.SIGKILL
 
 
 def test_watch_outlives_a_guardian_that_just_died(children: Children, guardian: Guardian) -> None:
-    first = guardian.pid
-    assert first is not None
-    dead = children.watch(first)
-    os.kill(first, signal.SIGKILL)
+    assert guardian.pid is not None
+    dead = children.watch(guardian.pid)
+    os.kill(dead.pid, signal.SIGKILL)
     eventually(lambda: dead.gone, "death of the guardian")
     worker = children.worker()
     guardian.watch(worker.pid)  # there is nobody to be told: whoever comes next will be
-    eventually(lambda: guardian.check() or guardian.pid != first, "another guardian")
+    eventually(lambda: is_another(guardian, dead), "another guardian")
     guardian.close()
     assert worker.wait() == -signal.SIGKILL
 
@@ -268,10 +299,10 @@ def test_a_number_used_again_is_never_hit(children: Children, control: ControlPa
         process = children.watch(bystander)
         gate.freeze()
         assert not process.status["State"].startswith("T"), "the gate stopped a stranger"
-        first = guardian.pid
-        assert first is not None
-        os.kill(first, signal.SIGKILL)
-        eventually(lambda: guardian.check() or guardian.pid != first, "another guardian")
+        assert guardian.pid is not None
+        first = children.watch(guardian.pid)
+        os.kill(first.pid, signal.SIGKILL)
+        eventually(lambda: is_another(guardian, first), "another guardian")
         guardian.close()
         assert not process.gone, "the guardian killed a stranger"
     finally:
