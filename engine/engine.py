@@ -559,11 +559,11 @@ def _encode(prompt: Prompt, served: Served) -> tuple[int, ...]:
         tokens: Sequence[int] = served.tokenizer.encode(prompt, max_tokens=card.max_model_len)
     else:
         tokens = prompt
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < card.vocab_size:
-                raise InvalidRequest(f"token ids must be integers from 0 to {card.vocab_size - 1}", param="prompt")
     if not tokens:
         raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+    # Of a text as well: a tokenizer may know more tokens than the model has embeddings.
+    if not {type(token) for token in tokens} <= {int} or not 0 <= min(tokens) <= max(tokens) < card.vocab_size:
+        raise InvalidRequest(f"token ids must be integers from 0 to {card.vocab_size - 1}", param="prompt")
     if len(tokens) >= card.max_model_len:
         raise ContextTooLong(
             f"the prompt has {len(tokens)} tokens and the context holds {card.max_model_len}, at least one of them output; "

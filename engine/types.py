@@ -7,6 +7,7 @@ beside them. Everything that crosses a thread or a process is frozen.
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -185,6 +186,8 @@ class SamplingParams:
             raise InvalidRequest(f"bad_words takes at most {MAX_BAD_WORDS} strings", param="bad_words")
         if not all(self.bad_tokens):
             raise InvalidRequest("bad_tokens must have at least one token each", param="bad_tokens")
+        for token in itertools.chain(*self.bad_tokens):
+            _integer("bad_tokens", token, 0, (vocab_size or _INT64) - 1)
         for text in self.bad_words:
             if not isinstance(text, str) or not text.strip() or len(text) > MAX_STOP_CHARS:
                 raise InvalidRequest(f"each bad word must have 1 to {MAX_STOP_CHARS} characters", param="bad_words")

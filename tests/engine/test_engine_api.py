@@ -196,6 +196,7 @@ def test_every_pair_of_parameters_works(engine):
         ("prompt_logprobs", -1),
         ("stop", ("",)),
         ("stop_token_ids", (10**6,)),
+        ("bad_tokens", ((3, 10**6),)),
         ("logit_bias", ((10**6, 1.0),)),
         ("logit_bias", ((1, math.nan),)),
     ],
@@ -226,6 +227,14 @@ def test_prompts_that_cannot_run(engine, prompt, error):
     with pytest.raises(error) as caught:
         engine.submit(prompt, GREEDY)
     assert caught.value.param == "prompt"
+
+
+def test_a_text_may_name_tokens_that_the_model_does_not_have(tmp_path):
+    folder = tiny_checkpoint(tmp_path, vocab_size=258, eos_token_id=257)
+    with Engine(str(folder), threads=1, kv_cache_memory=8 << 20, progress=False) as engine:
+        with pytest.raises(InvalidRequest, match="from 0 to 257"):
+            engine.submit("x<|im_end|>", GREEDY)
+        assert engine.generate("x", GREEDY, progress=False)[0].usage.completion_tokens == 8
 
 
 def test_the_longest_prompt_runs(engine):
