@@ -83,10 +83,6 @@ class Tokenizer:
         return self._vocab.special
 
     @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    @property
     def template_is_slow(self) -> bool:
         """Whether the chat template was once too slow for an event loop."""
         return self._template is not None and self._template.slow

@@ -155,10 +155,6 @@ class PagePool:
         self._free[slab].clear()
         return lost
 
-    def free_slabs(self) -> list[int]:
-        """Slabs that are here and hold nothing."""
-        return [slab for slab, stack in enumerate(self._free) if len(stack) == self.pages_per_slab]
-
     def _owner(self, page: int) -> Tenant:
         tenant = self._tenant[page]
         assert tenant is not None, page

@@ -87,6 +87,3 @@ def kept_slabs(name: str, num_slabs: int, cache_share: float) -> int:
 def most_cached(name: str, num_slabs: int, cache_share: float) -> int:
     """Slabs that online may keep for cached prefixes alone; beside its reserve one slab at least stays for offline."""
     return max(0, min(int(cache_share * num_slabs), num_slabs - 1 - make_reserve(name, num_slabs).headroom))
-
-
-RESERVES = ("miad", "fixed", "none", "static")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.memory.reserve import RESERVES, Fixed, Miad, Reserve, Static, make_reserve
+from engine.config import EngineConfig
+from engine.memory.reserve import Fixed, Miad, Reserve, Static, make_reserve
+
+NAMES = next(field.metadata["choices"] for field in fields(EngineConfig) if field.name == "reserve")
 
 
 def test_miad_doubles_and_creeps_back() -> None:
@@ -57,7 +61,7 @@ def test_the_baselines_learn_nothing(reserve: Reserve) -> None:
 
 
 @pytest.mark.parametrize("num_slabs", [1, 2, 3, 31, 32, 1000])
-@pytest.mark.parametrize("name", RESERVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_reserve_by_name_fits_its_pool(name: str, num_slabs: int) -> None:
     reserve = make_reserve(name, num_slabs)
     for _ in range(20):

@@ -160,7 +160,7 @@ def test_a_folder_says_what_begins_and_ends_a_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.bos_id == byte_level().token_to_id("<s>")
     assert tokenizer.eos_ids == ends
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
 
 
 def test_ends_added_to_a_text_are_those_of_transformers(tmp_path: Path) -> None:
