@@ -77,7 +77,7 @@ class EngineLoop:
     def call(self, function: Callable[[], None]) -> None:
         """Have the loop's thread call `function` between two steps. Dropped if the loop has ended."""
         with self._wake:
-            if not self._closing:
+            if self.alive:
                 self._commands.append(function)
                 self._wake.notify()
 
