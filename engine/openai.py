@@ -33,6 +33,7 @@ from engine.errors import (
 )
 from engine.formats import Constraint
 from engine.replies import Chunks, Head, Json, Prompt
+from engine.tokenizer import CHARS_PER_TOKEN
 from engine.tool_calls import FORMATS, Reader, ToolFormat, detect
 from engine.types import Completion, Cost, FinishReason, Grammar, ModelCard, Tenant
 from engine.wire import decode, unsupported
@@ -59,7 +60,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 500  # of an error
-CHARS_PER_TOKEN = 16  # a prompt with more characters a token than this cannot fit; refused before it is tokenized
 LARGE_PROMPT = 4096  # characters; a larger one is rendered and tokenized off the event loop
 
 

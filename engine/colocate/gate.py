@@ -65,7 +65,7 @@ class ProcessGate:
 
     def freeze(self) -> None:
         # The word goes first: a guardian that looks in between sees a frozen worker with a living owner.
-        self._control[Word.FROZEN] = 1
+        self._control[Word.FROZEN] = Freeze.LAYER
         self._signal(signal.SIGSTOP)
 
     def wait_stopped(self, seconds: float) -> None:
@@ -81,7 +81,7 @@ class ProcessGate:
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
-        self._control[Word.FROZEN] = 0
+        self._control[Word.FROZEN] = Freeze.NO
 
     def _signal(self, number: signal.Signals) -> None:
         try:
@@ -99,7 +99,7 @@ class LayerGate:
         self._control = control
 
     def freeze(self) -> None:
-        self._control[Word.FROZEN] = 1
+        self._control[Word.FROZEN] = Freeze.LAYER
 
     def wait_stopped(self, seconds: float) -> None:
         pass  # it ends its layer first; whoever waited for that would wait longer than its own first layer takes
@@ -108,7 +108,7 @@ class LayerGate:
         pass
 
     def thaw(self) -> None:
-        self._control[Word.FROZEN] = 0
+        self._control[Word.FROZEN] = Freeze.NO
 
 
 class NoGate:

@@ -67,7 +67,7 @@ class Guardian:
         True if the worker was continued since the last call: whoever owns the gate must then freeze it again if it should
         still stand still.
         """
-        self._beat()
+        self._control.beat()
         with self._lock:
             # One that cannot stay alive is started once per lease, not at every call.
             tired = time.monotonic() - self._started > LEASE_SECONDS  # noqa: TID251
@@ -93,7 +93,7 @@ class Guardian:
         if self._life_line is not None:
             self._life_line.close()
         self._started = time.monotonic()  # noqa: TID251
-        self._beat()
+        self._control.beat()
         self._life_line, theirs = socket.socketpair()
         with theirs:
             arguments = (self._control.fd, self._control.num_slabs, theirs.fileno())
@@ -106,9 +106,6 @@ class Guardian:
                 start_new_session=True,  # out of reach of the terminal's ^C
             )
         self._tell()
-
-    def _beat(self) -> None:
-        self._control[Word.HEARTBEAT] = time.monotonic_ns()
 
     def _tell(self) -> None:
         if self._life_line is not None and self._worker is not None:

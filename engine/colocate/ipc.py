@@ -30,7 +30,6 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
     config: EngineConfig
     memory: Memory
-    nice: int
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):

@@ -62,7 +62,7 @@ class OfflineProcess:
         gone: Callable[[], None],
         timeline: Timeline,
     ) -> None:
-        self._start = ipc.Start(config, memory, config.offline_nice)
+        self._start = ipc.Start(config, memory)
         self._num_slabs = memory.num_slabs
         self._control = control
         self._memory_fd = memory_fd

@@ -225,7 +225,7 @@ class Worker:
         start = ipc.receive(self._sock)
         if not isinstance(start, ipc.Start):
             return 1
-        os.nice(start.nice)
+        os.nice(start.config.offline_nice)
         try:
             loop = self._start(start)
         except (InvalidConfig, InvalidCheckpoint) as error:

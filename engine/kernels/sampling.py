@@ -286,12 +286,13 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> lis
     ranks = (logprobs > chosen).sum(dim=-1) + 1
     values, ids = logprobs.topk(top, dim=-1)
     return [
-        TokenLogprob(token, _finite(value), rank, tuple((i, _finite(v)) for i, v in zip(*alternatives, strict=True)))
+        TokenLogprob(token, floored(value), rank, tuple((i, floored(v)) for i, v in zip(*alternatives, strict=True)))
         for token, value, rank, *alternatives in zip(
             tokens, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True
         )
     ]
 
 
-def _finite(logprob: float) -> float:
+def floored(logprob: float) -> float:
+    """A log-probability that JSON can carry."""
     return logprob if logprob > LOGPROB_FLOOR else LOGPROB_FLOOR  # not-a-number compares false, so it becomes the floor

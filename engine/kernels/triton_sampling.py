@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from engine.errors import RequestFailed
-from engine.kernels.sampling import LOGPROB_FLOOR, Sample, SampledRow, allowed_ids, is_masked, takes_likeliest
+from engine.kernels.sampling import Sample, SampledRow, allowed_ids, floored, is_masked, takes_likeliest
 from engine.types import TokenLogprob
 
 _BLOCK = 4096  # ids that a program looks at together
@@ -227,12 +227,8 @@ class Logprobs:
         found = {}
         for place, top, value, rank, ids, values in zip(self.places, self.tops, *lists, strict=True):
             pairs = zip(ids[:top], values[:top], strict=True)
-            found[place] = TokenLogprob(tokens[place], _finite(value), rank, tuple((i, _finite(v)) for i, v in pairs))
+            found[place] = TokenLogprob(tokens[place], floored(value), rank, tuple((i, floored(v)) for i, v in pairs))
         return found
-
-
-def _finite(logprob: float) -> float:
-    return logprob if logprob > LOGPROB_FLOOR else LOGPROB_FLOOR  # not-a-number compares false
 
 
 @dataclass(frozen=True, slots=True)
