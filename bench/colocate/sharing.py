@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.colocate.equal import Unequal, gap, said
 from bench.colocate.stats import quantile
 from bench.colocate.workload import Backlog, Cost, Planned, at_rate, choose_windows, fit_rate, plan, scale_lengths
 from bench.engine import machine
@@ -74,6 +75,7 @@ class Window:
     responses: list[int] = field(default_factory=list)
     scale: float = 1.0
     mode: str = ""
+    asked: dict[str, Submit] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -99,7 +101,7 @@ class Traffic:
     def run(self, warm: float, seconds: float) -> Window:
         """Offline alone for `warm` seconds, then the window; returns when all online requests are over."""
         for _ in range(self._depth if self._next is not None else 0):
-            self.loop.put(self._next())  # type: ignore[misc]
+            self._put(self._next())  # type: ignore[misc]
         time.sleep(warm)
         counters = self._core.scheduler.counters[Tenant.OFFLINE]
         before, recomputed = counters.computed_tokens, counters.recomputed_tokens
@@ -108,7 +110,7 @@ class Traffic:
             time.sleep(max(0.0, began + request.arrival_s - time.perf_counter()))
             name = f"on-{number}"
             self._sent[name] = time.perf_counter()
-            self.loop.put(submit(name, Tenant.ONLINE, request.prompt, request.output_tokens))
+            self._put(submit(name, Tenant.ONLINE, request.prompt, request.output_tokens))
         time.sleep(max(0.0, began + seconds - time.perf_counter()))
         window = self.window
         window.seconds = time.perf_counter() - began
@@ -144,7 +146,11 @@ class Traffic:
                 if not self._left:
                     self._done.set()
             elif self._open and self._next is not None:
-                self.loop.put(self._next())
+                self._put(self._next())
+
+    def _put(self, asked: Submit) -> None:
+        self.window.asked[asked.id] = asked
+        self.loop.put(asked)
 
 
 def submit(name: str, tenant: Tenant, prompt: Sequence[int], output: int) -> Submit:
@@ -165,7 +171,7 @@ class Rig:
         self.error = 0.0  # of predicted step times, at the end of the latest window
         self.prompts = PromptMaker(self.built.spec.vocab_size, args.seed)
         self._pairs: dict[str, dict[str, tuple[int, ...]]] = {}
-        self.unequal: list[str] = []
+        self.unequal: list[Unequal] = []
         self.step_time = StepTime()  # not the user's: what it knows must not depend on what ran here before
         self.core({})  # maps the window
         say("learning step times")
@@ -224,8 +230,9 @@ class Rig:
         """Whoever answered a request before must have answered the same."""
         known = self._pairs.setdefault(key, {})
         for name, tokens in window.outputs.items():
-            if known.setdefault(name, tokens) != tokens:
-                self.unequal.append(f"{arm} {key} {name}")
+            if (before := known.setdefault(name, tokens)) != tokens:
+                parted = gap(self.built, self.config.page_size, window.asked[name], (before, tokens))
+                self.unequal.append(Unequal(f"{arm} {key} {name}", parted))
 
     def _calibrate(self) -> Cost:
         """What an online request costs alone, from the model of step times."""
@@ -402,15 +409,18 @@ def _job(rig: Rig, name: str, prompts: Sequence[Sequence[int]], number: int) -> 
     for slab in range(slabs, rig.built.num_slabs):
         core.scheduler.lose_slab(slab)
     waiting, began = list(enumerate(prompts)), time.perf_counter()
+    asked: dict[str, Submit] = {}
     outputs: dict[str, list[int]] = {}
     while waiting or core.has_work:
         while waiting and core.scheduler.unfinished(Tenant.OFFLINE) < rig.args.sharing_window:
             line, prompt = waiting.pop(0)
-            core.submit(submit(str(line), Tenant.OFFLINE, prompt, 4))
+            asked[str(line)] = submit(str(line), Tenant.OFFLINE, prompt, 4)
+            core.submit(asked[str(line)])
         for out in core.step():
             outputs.setdefault(out.id, []).append(out.token or 0)
     seconds = time.perf_counter() - began
-    rig._compare(name, "order", Window(name, outputs={line: tuple(tokens) for line, tokens in outputs.items()}))
+    answers = {line: tuple(tokens) for line, tokens in outputs.items()}
+    rig._compare(name, "order", Window(name, asked=asked, outputs=answers))
     counters = core.scheduler.counters[Tenant.OFFLINE]
     return counters.computed_tokens - counters.generated_tokens + len(prompts), seconds
 
@@ -535,9 +545,7 @@ def _about(rig: Rig) -> list[str]:
 
 
 def _compared(rig: Rig) -> list[str]:
-    compared = sum(map(len, rig._pairs.values()))
-    return [f"Outputs: {compared} requests, {len(rig.unequal)} answered differently by some arm{': ' if rig.unequal else '.'}"
-            + ", ".join(rig.unequal[:5]), ""]  # fmt: skip
+    return [said(sum(map(len, rig._pairs.values())), rig.unequal), ""]
 
 
 def say(text: str) -> None:
