@@ -40,6 +40,7 @@ class _Copying:
         self._copier = copier
         self._clock = scheduler.clock
         self._credit = _MOST_CREDIT  # seconds that saves may take
+        self._saved = 0.0  # seconds beside online rows that were too few for a page
         self._under_way: deque[tuple[Transfer, object, float]] = deque()  # with the seconds that starting it took
         assert scheduler.kv.copies is not None
         scheduler.kv.copies.settle = self._settle
@@ -58,12 +59,35 @@ class _Copying:
             transfer = self._scheduler.next_transfer(self._copier.batch, save=self._credit > 0)
             if transfer is None:
                 return
-            began = self._clock.now()
-            handle = self._copier.start(transfer)
-            blocked = self._clock.now() - began
-            self._under_way.append((transfer, handle, blocked))
+            blocked = self._begin(transfer)
             if not transfer.load:
                 self._credit -= blocked
+
+    def start_beside(self, interrupted: Callable[[], bool], seconds: float) -> float:
+        """The same while online rows wait for it, within these seconds. Returns those it took.
+
+        Until it is known what a page takes, one is copied at a time.
+        """
+        cost, left, taken = self._scheduler.rotation.copy_time, seconds + self._saved, 0.0
+        while not interrupted():
+            known = cost.elapsed is not None
+            limit = 1 if not known else self._copier.batch if not cost.blocked else int((left - taken) / cost.blocked)
+            transfer = self._scheduler.next_transfer(min(limit, self._copier.batch), save=True) if limit else None
+            if transfer is None:
+                break
+            taken += self._begin(transfer)
+            if not known:
+                break
+        self._saved = min(max(0.0, left - taken), cost.blocked)
+        return taken
+
+    def _begin(self, transfer: Transfer) -> float:
+        """Returns the seconds in which it blocked."""
+        began = self._clock.now()
+        handle = self._copier.start(transfer)
+        blocked = self._clock.now() - began
+        self._under_way.append((transfer, handle, blocked))
+        return blocked
 
     def take_complete(self) -> list[tuple[Transfer, float, float]]:
         """Transfers that are complete, with the seconds each took and those in which it blocked."""
@@ -226,11 +250,16 @@ class EngineCore:
         return outs
 
     def _copy(self) -> None:
-        """Pages to and from the host. Waits for no online request, and keeps none waiting: not while one is unfinished."""
+        """Pages to and from the host. While an online request is unfinished, in the time that the latest step had for it."""
         if self._copying is None:
             return
-        if self.scheduler.may_copy or self._idle:
+        scheduler, now = self.scheduler, self.scheduler.clock.now
+        if scheduler.may_copy or self._idle:
             self._copying.start(self.interrupted)
+        elif scheduler.copy_seconds is not None:
+            began = now()
+            if self._copying.start_beside(self.interrupted, scheduler.copy_seconds):
+                scheduler.delays.ran(began, now(), 1.0)
         if complete := self._copying.take_complete():
             self.sync()  # a slab may have been taken before it was copied
             for transfer, elapsed, blocked in complete:

@@ -91,6 +91,16 @@ class HostCopies:
         """Tokens of the request, from its first, that need not be computed again if it loses its pages."""
         return self.tier.num_safe(request.id) * self.page_size
 
+    def num_to_move(self, holders: Iterable[Request]) -> int:
+        """Pages to be loaded and saved, those on their way counted again."""
+        loads = sum(len(restore.slots) - restore.started for restore in self._restores.values())
+        saves = sum(
+            max(0, request.num_computed // self.page_size - self.tier.num_safe(request.id))
+            for request in holders
+            if _is_copied(request) and request.id not in self._restores
+        )
+        return loads + min(saves, self.tier.room)
+
     def stats(self, page_bytes: int) -> HostStats:
         tier, counters = self.tier, self.counters
         tokens = counters.restored * self.page_size

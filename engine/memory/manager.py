@@ -174,7 +174,7 @@ class KVManager:
         tenants = {page: self.pool.tenant(page) for page in self.pool.slab_pages(slab)}
         lost = set(self.pool.remove_slab(slab))
         if self.copies is not None:
-            self.copies.lose(lost)
+            self.copies.lose(tenants)  # free pages too: their copies may be under way since before they were free
         for page in lost:
             self._cache.forget(page, tenants[page])
         if not lost:

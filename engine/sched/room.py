@@ -7,11 +7,14 @@ from engine.sched.plan import PlanRow
 from engine.sched.policies import Budget
 from engine.types import Request, Tenant
 
+_COPIES = 0.05  # of what a shared step may take, and at most half of what online rows leave of it
+
 
 class StepRoom:
     """The budgets and rows of the step being built. Lives for one `schedule` call."""
 
-    def __init__(self, budget: Budget, step_time: StepTime) -> None:
+    def __init__(self, budget: Budget, step_time: StepTime, copying: float = 0.0) -> None:
+        """`copying`: seconds of copies to and from the host that there would be to make beside it."""
         self.left = budget.tokens
         self.left_offline = min(budget.offline, budget.tokens)
         self.rows: list[PlanRow] = []
@@ -19,7 +22,8 @@ class StepRoom:
         self._budget = budget
         self._step_time = step_time
         self._load = Load()
-        self._seconds: float | None = None  # what the step may take, known once its online rows are
+        self._seconds: float | None = None  # what offline rows may make of the step, known once its online rows are
+        self._copying = copying
         self._timed = budget.seconds is not None or budget.increase is not None
 
     def room(self, request: Request) -> int:
@@ -35,9 +39,22 @@ class StepRoom:
 
     def slack(self) -> float:
         """Seconds that the step leaves of what it may take; none unless it is a shared one."""
-        if not self._timed or not self._load.tokens or not self._step_time.ready:
+        if not self.is_shared:
             return 0.0
         return max(0.0, self._allowed() - self._step_time.predict(self._load))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it has online rows, and offline work may take what they leave of its time."""
+        return self._timed and self._load.tokens > 0 and self._step_time.ready
+
+    @property
+    def copying(self) -> float | None:
+        """Seconds kept for copies that are made after it; None unless it is a shared one."""
+        if not self.is_shared:
+            return None
+        self._allowed()
+        return self._copying
 
     def _that_fit(self, start: int, wanted: int) -> int:
         """The most tokens from `start` on that keep the step within its time; none while the model knows too little."""
@@ -53,10 +70,13 @@ class StepRoom:
         return low
 
     def _allowed(self) -> float:
-        """What the step may take. First asked when its online rows are in it and nothing else is."""
+        """What the step may take beside the copies. First asked when its online rows are in it and nothing else is."""
         if self._seconds is None:
             seconds, increase = self._budget.seconds, self._budget.increase
-            self._seconds = seconds if seconds is not None else self._step_time.predict(self._load) * (1 + (increase or 0))
+            alone = self._step_time.predict(self._load)
+            allowed = seconds if seconds is not None else alone * (1 + (increase or 0))
+            self._copying = max(0.0, min(self._copying, _COPIES * allowed, (allowed - alone) / 2))
+            self._seconds = allowed - self._copying
         return self._seconds
 
     def add(self, row: PlanRow) -> None:

@@ -88,6 +88,7 @@ class Scheduler:
         self._max_alone_tokens = max_alone_tokens or max_num_batched_tokens
         self.parked = ParkedPasses(max(max_parked_tokens, max_num_batched_tokens, self._max_alone_tokens))
         self.slack = 0.0  # seconds that the latest step, if shared, leaves of what it may take
+        self.copy_seconds: float | None = None  # of copies beside online rows that the latest step has time for, if any
         self._step = 0
         self._most_tokens = 0  # KV that the running requests hold if all run to their bounds, a wasted page each included
 
@@ -147,14 +148,14 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run."""
         view = self._view()
-        step = StepRoom(self.policy.budget(view), self.step_time)
+        step = StepRoom(self.policy.budget(view), self.step_time, self._copying())
         if step.left:
             for request in self.policy.order(view):
                 if step.room(request) > 0:
                     self._place(request, step, view)
                 if not step.left:
                     break
-        self.slack = step.slack()
+        self.slack, self.copy_seconds = step.slack(), step.copying
         if not step.rows:
             return None
         self._step += 1
@@ -176,6 +177,7 @@ class Scheduler:
         if not all(self.kv.grow(self._requests[row.request_id], row.end + 1) for row in rows):
             return None
         self._step += 1
+        self.copy_seconds = None
         return StepPlan(self._step, tuple(self._next_row(row) for row in rows), follows=tuple(followed))
 
     def _goes_on(self, row: PlanRow) -> bool:
@@ -290,13 +292,14 @@ class Scheduler:
         for loser in victims[:crowd]:
             self._preempt(loser)
         yielding = iter(victims[crowd:])
-        slots = self.rotation.slots(request, prefix) if self.may_copy else []
+        copying = self.may_copy or step.is_shared
+        slots = self.rotation.slots(request, prefix) if copying else []
         while not self.kv.admit(request, len(request.tokens), prefix, slots):
             if (victim := next(yielding, None)) is None:
                 return False
             self._preempt(victim)
             prefix = self.kv.find_prefix(request)  # making room may have evicted some of it
-            slots = self.rotation.slots(request, prefix) if self.may_copy else []
+            slots = self.rotation.slots(request, prefix) if copying else []
         self._start(request, len(prefix) * self.kv.page_size, len(slots) * self.kv.page_size)
         return True
 
@@ -400,6 +403,12 @@ class Scheduler:
     def may_copy(self) -> bool:
         """Whether copying keeps nobody waiting: no online request is unfinished."""
         return not self.unfinished(Tenant.ONLINE)
+
+    def _copying(self) -> float:
+        """Seconds of what there is to copy while an online request is unfinished."""
+        if self.kv.copies is None or self.may_copy:
+            return 0.0
+        return self.kv.copies.num_to_move(self.kv.holders()) * self.rotation.copy_time.blocked
 
     @property
     def wants_copies(self) -> bool:

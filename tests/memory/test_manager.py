@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.memory.host import HostTier
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool, PageState
 from engine.types import Request, SamplingParams, Tenant
@@ -30,7 +31,7 @@ def request(tokens: list[int], tenant: Tenant = ONLINE, salt: str = "", id: str 
     )
 
 
-def manager(slabs: int = 4, per_slab: int = 2, **options: bool | int) -> KVManager:
+def manager(slabs: int = 4, per_slab: int = 2, **options: bool | int | HostTier) -> KVManager:
     return KVManager(PagePool(slabs, per_slab), PAGE, **options)  # type: ignore[arg-type]
 
 
@@ -330,4 +331,17 @@ def test_the_lender_is_asked_for_online_only_and_only_when_short() -> None:
     assert lender.asked == ["borrows"], "nobody is robbed for what does not fit all the same"
     assert admit(kv, request([6, 6], id="last"))
     assert lender.asked == ["borrows", "last"]
+    kv.check()
+
+
+def test_a_copy_under_way_counts_for_nothing_if_its_slab_goes_after_its_page_was_freed() -> None:
+    kv = manager(prefix_caching=False, host=HostTier(8))
+    one = request([1, 2, 3, 4], OFFLINE)
+    assert admit(kv, one)
+    transfer = kv.next_save(8)
+    assert transfer is not None and kv.copies is not None
+    kv.release(one)  # its pages are free, and their bytes perhaps gone already
+    kv.remove_slab(0)
+    kv.copies.landed(transfer)
+    assert kv.copies.counters.voided == 2 and kv.copies.find(one, 0) == []
     kv.check()

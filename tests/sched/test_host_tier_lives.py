@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -37,7 +38,7 @@ class Engine:
 
     def __init__(
         self, *, slabs: int, slots: int, policy: str = "online-first", seqs: int = 8, batch: int = 32, caching: bool = True,
-        protected: int = 0, cost: StepCost | None = None, page_seconds: float = 1e-5,
+        protected: int = 0, cost: StepCost | None = None, page_seconds: float = 1e-5, tpot: float | None = None,
     ) -> None:  # fmt: skip
         clock = ManualClock()
         self.runner = FakeRunner(num_layers=LAYERS, vocab_size=VOCAB, page_size=PAGE, clock=clock, cost=cost)
@@ -46,7 +47,7 @@ class Engine:
         self.kv = KVManager(self.pool, PAGE, prefix_caching=caching, protected=protected, host=host)
         self.longest = (slabs - 2) * 3 * PAGE
         self.scheduler = Scheduler(
-            self.kv, make_policy(policy), clock, max_num_seqs=seqs, max_num_batched_tokens=batch,
+            self.kv, make_policy(policy, tpot=tpot), clock, max_num_seqs=seqs, max_num_batched_tokens=batch,
             max_model_len=self.longest, step_time=cost and experienced(cost),
         )  # fmt: skip
         self.copier = self.runner.copier(slots, page_seconds) if slots else None
@@ -116,15 +117,74 @@ def test_who_gave_way_goes_on_from_its_last_copied_page() -> None:
     assert 0 < offline.recomputed_tokens < PAGE
 
 
-def test_nothing_is_copied_while_an_online_request_is_unfinished() -> None:
-    engine = Engine(slabs=16, slots=40, policy="shared-step", cost=CHEAPER_TOGETHER)
+@pytest.mark.parametrize("policy", ["online-first", "fcfs"])
+def test_without_a_latency_target_nothing_is_copied_while_an_online_request_is_unfinished(policy: str) -> None:
+    engine = Engine(slabs=16, slots=40, policy=policy, cost=CHEAPER_TOGETHER)
     engine.submit(ONLINE, [1] * 8, 60)
-    engine.submit(OFFLINE, [2] * 16, 8)
+    engine.submit(OFFLINE, [2] * 16, 80)
     while engine.scheduler.unfinished(ONLINE):
         assert engine.counters["copied"] == 0
         engine.step()
     engine.run()
     assert engine.outputs["1"]
+
+
+TARGET, PAGE_SECONDS = 10e-3, 2e-4
+
+
+def beside(slots: int) -> Engine:
+    """An online request that outlives the offline ones beside it, and one that takes a lot of their memory."""
+    engine = Engine(
+        slabs=16, slots=slots, policy="shared-step", caching=False, cost=CHEAPER_TOGETHER, tpot=TARGET,
+        page_seconds=PAGE_SECONDS,
+    )  # fmt: skip
+    engine.submit(ONLINE, [1] * 4, 160)
+    for index in range(2):
+        engine.submit(OFFLINE, [index] * 20, 30)
+    for _ in range(20):
+        engine.step()
+    engine.submit(ONLINE, [3] * 120, 4)  # 31 of 48 pages
+    return engine
+
+
+def test_within_a_latency_target_copies_are_made_beside_online_rows_and_steps_stay_within_it() -> None:
+    engine = beside(slots=80)
+    clock, ended = engine.scheduler.clock, 0.0
+    assert engine.counters["copied"] > 0
+    gaps = []
+    while "0" in engine.live:
+        if any(out.id == "0" for out in engine.step()):
+            gaps.append(clock.now() - ended)
+            ended = clock.now()
+    assert max(gaps[1:]) <= TARGET * 1.01
+    assert engine.scheduler.delays.total > 0  # told to those who waited
+
+
+def test_who_gave_way_beside_online_rows_comes_back_from_its_copies_beside_them() -> None:
+    recomputed = {}
+    for slots in (0, 80):
+        engine = beside(slots)
+        while engine.scheduler.unfinished(OFFLINE):
+            assert "0" in engine.live, "online load is steady"
+            engine.step()
+        offline = engine.scheduler.counters[OFFLINE]
+        assert offline.preemptions > 0
+        recomputed[slots] = offline.recomputed_tokens
+    assert engine.counters["restored"] > 0
+    assert recomputed[80] < PAGE * offline.preemptions <= recomputed[0]
+
+
+def test_a_page_that_takes_longer_than_one_step_has_to_spare_is_copied_after_some_steps() -> None:
+    engine = Engine(slabs=40, slots=40, policy="shared-step", cost=CHEAPER_TOGETHER, tpot=TARGET, page_seconds=1.2e-3)
+    engine.submit(ONLINE, [1] * 4, 160)
+    engine.submit(OFFLINE, [2] * 20, 120)
+    copied = []
+    for _ in range(100):
+        engine.step()
+        copied.append(engine.counters["copied"])
+    grown = [later - earlier for earlier, later in pairwise(copied)]
+    assert copied[-1] >= 20
+    assert max(grown) == 1
 
 
 def test_a_taken_slab_costs_its_requests_nothing_but_the_copies_back() -> None:
