@@ -27,6 +27,7 @@ from engine.spec import load_spec
 from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
+from server.listen import bind
 from server.service import Service
 
 _TICK = 0.005  # seconds between two looks at how late the loop is
@@ -124,7 +125,7 @@ async def _serve(args: argparse.Namespace) -> None:
         await runner.setup()
         assert runner.server is not None
         factory = service.connections = Connections(runner.server, config)
-    listener = await loop.create_server(factory, "127.0.0.1", 0, backlog=4096)
+    listener = await loop.create_server(factory, sock=bind(ServerConfig(port=0)), backlog=4096)
     lag = Lag()
     watch = asyncio.create_task(lag.watch())
     gc.collect()

@@ -65,7 +65,7 @@ async def _run(request: web.Request, service: Service, call: Call, watch: Watch,
     try:
         return await (_stream if call.stream else _unary)(request, service, job, watch)
     except (RequestFailed, EngineDead):
-        watch.finished("error")
+        watch.failed()
         raise
     except (asyncio.CancelledError, ConnectionError):
         if service.phase is not Phase.DRAINING:
@@ -101,21 +101,26 @@ async def _stream(request: web.Request, service: Service, job: Job, watch: Watch
         write_timeout=config.sse_write_timeout,
     ) as events:
         try:
-            await _send_all(events, job, watch)
+            await _to_the_end(events, request, service, job, watch)
         except SlowReader:
             service.metrics.slow_readers.inc()
+            watch.given_up()
             log.info("request %s: its client stopped reading, aborted", request[REQUEST_ID])
-            return events.response
-        except ConnectionError:
-            raise
-        except Exception as error:  # the status is sent already: the stream itself has to tell
-            watch.finished("error")
-            await _tell_error(events, request, service, error)
-        else:
-            watch.end()
-        await events.done()
-    await events.response.write_eof()
     return events.response
+
+
+async def _to_the_end(events: EventStream, request: web.Request, service: Service, job: Job, watch: Watch) -> None:
+    """Everything that the stream has to tell, of an error too, and its end."""
+    try:
+        await _send_all(events, job, watch)
+    except (SlowReader, ConnectionError):
+        raise
+    except Exception as error:  # the status is sent already: the stream itself has to tell
+        watch.failed()
+        await _tell_error(events, request, service, error)
+    else:
+        watch.end()
+    await events.end()
 
 
 async def _tell_error(events: EventStream, request: web.Request, service: Service, error: Exception) -> None:
@@ -165,6 +170,7 @@ class Watch:
     labels: tuple[str, str] = ("", "")
     told: dict[tuple[int, int], float] = field(default_factory=dict)  # choice -> when it last got tokens
     token_seconds: Any = None
+    over: bool = False  # its end is counted; a connection that is closed after it is nobody's leaving
 
     def submitted(self, job: Job) -> None:
         self.job = job
@@ -189,11 +195,18 @@ class Watch:
             self.finished(delta.finish_reason)
 
     def finished(self, reason: str) -> None:
+        """A choice has ended."""
         self.metrics.success.labels(*self.labels, str(reason)).inc()
+
+    def failed(self) -> None:
+        """The call ends in an error."""
+        self.over = True
+        self.finished("error")
 
     def end(self) -> None:
         """The answer is complete."""
         assert self.job is not None
+        self.over = True
         self.metrics.e2e.labels(*self.labels).observe(time.monotonic() - self.started)
         self.metrics.interference.inc(self.job.cost.waited_us / 1e6)
         for index, generation in enumerate(self.job.generations):
@@ -235,9 +248,17 @@ class Watch:
         for stage, seconds in stages.items():
             self.metrics.stages[stage].labels(*self.labels).observe(max(0.0, seconds))
 
+    def given_up(self) -> None:
+        """The client did not read to the end."""
+        if not self.over:
+            self.over = True
+            self.finished("abort")
+
     def left(self, request_id: str) -> None:
         """The client went away before the end."""
         assert self.job is not None
+        if self.over:
+            return
         done = sum(generation.usage.completion_tokens for generation in self.job.generations)
         self.metrics.disconnects.labels("decode" if done else "prefill").inc()
         self.metrics.success.labels(*self.labels, "abort").inc()

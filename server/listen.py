@@ -11,6 +11,8 @@ import stat
 from engine.errors import InvalidConfig
 from server.config import ServerConfig
 
+_UNSENT = 128 * 1024  # bytes
+
 
 def bind(config: ServerConfig) -> socket.socket:
     """A bound socket, not yet listening. Raises OSError."""
@@ -35,10 +37,17 @@ def unbind(listener: socket.socket, config: ServerConfig) -> None:
 
 
 def _bind_port(host: str, port: int) -> socket.socket:
+    """Connections inherit the bound on what the system takes and cannot send yet.
+
+    By default that grows to megabytes for each client that does not read, and all of it counts as written, so that the write
+    deadline of a stream begins late or never. What is on its way is not bounded: long lines are as fast as before.
+    """
     family, kind, proto, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         listener.bind(where)
     except OSError:
         listener.close()

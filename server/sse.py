@@ -38,25 +38,29 @@ class EventStream:
         self._write_timeout = write_timeout
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._last_write = self._clock()
+        self._ticker: asyncio.Task[None] | None = None
 
     async def send(self, *events: Any) -> None:
         """Send each of `events` as one `data:` line. Raises SlowReader or ConnectionError when nobody is there."""
         if events:
             await self._write(b"".join(b"data: " + _encode(event) + b"\n\n" for event in events))
 
-    async def done(self) -> None:
-        """The last event."""
-        await self._write(_DONE)
+    async def end(self) -> None:
+        """The last event, and the end of the answer. Raises as `send` does."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self._write(_DONE, last=True)
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, *, last: bool = False) -> None:
         self._last_write = self._clock()
+        write = self.response.write_eof if last else self.response.write
         transport = self._request.transport
         if transport is not None and transport.get_write_buffer_size() + len(data) < _ROOM:
-            await self.response.write(data)  # cannot wait, so it needs no timer
+            await write(data)  # cannot wait, so it needs no timer
             return
         try:
             async with asyncio.timeout(self._write_timeout or None):
-                await self.response.write(data)
+                await write(data)
         except TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()
@@ -75,15 +79,16 @@ class EventStream:
 async def open_stream(
     request: web.Request, *, headers: dict[str, str], keep_alive_interval: float, write_timeout: float
 ) -> AsyncIterator[EventStream]:
-    """Send the headers and keep the stream alive inside the block. `[DONE]` stays the caller's business."""
+    """Send the headers and keep the stream alive inside the block. Its end stays the caller's business."""
     response = web.StreamResponse(headers=HEADERS | headers)
     stream = EventStream(request, response, write_timeout)
     await response.prepare(request)
-    ticker = asyncio.create_task(stream._keep_alive(keep_alive_interval)) if keep_alive_interval else None
+    if keep_alive_interval:
+        stream._ticker = asyncio.create_task(stream._keep_alive(keep_alive_interval))
     try:
         yield stream
     finally:
-        if ticker is not None:
-            ticker.cancel()
+        if stream._ticker is not None:
+            stream._ticker.cancel()
             # A write that failed has closed the connection, of which this task hears by being cancelled.
-            await asyncio.gather(ticker, return_exceptions=True)
+            await asyncio.gather(stream._ticker, return_exceptions=True)

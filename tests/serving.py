@@ -22,6 +22,7 @@ from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
 from server.jobs import open_jobs
+from server.listen import bind
 from server.service import Service
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -109,14 +110,14 @@ def parse_events(text: str) -> list[Any]:
 @contextlib.asynccontextmanager
 async def serving(engine: Engine | None, **options: Any) -> AsyncIterator[Server]:
     """Serve `engine` with the server options given; files and batches only with a `data_dir`."""
-    config = ServerConfig(**{"data_dir": "none"} | options)
+    config = ServerConfig(**{"data_dir": "none", "port": 0} | options)
     batches = open_jobs(config)
     service = Service(config, engine, batches)
     runner = web.AppRunner(app_of(service), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     assert runner.server is not None
     service.connections = Connections(runner.server, config)
-    listener = await asyncio.get_running_loop().create_server(service.connections, "127.0.0.1", 0)
+    listener = await asyncio.get_running_loop().create_server(service.connections, sock=bind(config))
     port = listener.sockets[0].getsockname()[1]
     async with aiohttp.ClientSession() as client:
         try:
