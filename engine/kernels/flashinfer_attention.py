@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.kernels.api import BatchMeta, QKNorm
+from engine.kernels.api import BatchMeta
+from engine.kernels.cuda_attention import CudaAttention
 from engine.kernels.cuda_staging import Sections, Staging
-from engine.kernels.triton_plan import Rows, TableMirror, token_slots
-from engine.kernels.triton_write import write_kv
+from engine.kernels.triton_plan import token_slots
 
 _WORKSPACE = 128 * 2**20  # bytes; what FlashInfer's documentation advises
 _HEAD_DIMS = (64, 128, 256)  # those it is compiled for
@@ -46,8 +46,8 @@ class FlashInferPlan:
     wrappers: dict[int | None, Any]
 
 
-class FlashInferAttention:
-    """`api.RotaryAttention` by FlashInfer. Arguments as those of `TritonAttention`; `library` is the module `flashinfer`.
+class FlashInferAttention(CudaAttention[FlashInferPlan]):
+    """`api.RotaryAttention` by FlashInfer. `library` is the module `flashinfer`.
 
     A step with a prompt in it takes the prefill wrapper for all rows. Steps of single tokens take the decode wrapper, and for
     CUDA graphs one of a fixed number of rows, whose rows beyond the real ones see one token that is somebody's.
@@ -64,19 +64,12 @@ class FlashInferAttention:
         windows: tuple[int | None, ...] = (None,),
         library: Any = None,
     ) -> None:
-        _, num_layers, _, self._page_size, self._kv_heads, self._head_dim = kv.shape
+        super().__init__(kv, num_heads, max_tokens=max_tokens, max_rows=max_rows, max_pages=max_pages, windows=windows)
         self._library = library or importlib.import_module("flashinfer")
-        self._layers = [kv[:, layer] for layer in range(num_layers)]
-        self._num_heads = num_heads
-        self._windows = tuple(dict.fromkeys(windows))
-        self._max_tokens = max_tokens
-        self._max_rows = max_rows
-        self._dtype, self._device = kv.dtype, kv.device
-        self._mirror = TableMirror()
+        self._dtype = kv.dtype
         self._workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=kv.device)
         self._copied = torch.cuda.Event() if kv.is_cuda else None
-        self.generation = 0
-        self._set_room(max(1, max_pages or kv.shape[0]))
+        self._set_room(self._max_pages)
 
     def _set_room(self, max_pages: int) -> None:
         """Buffers for page tables of so many pages in all; what was captured with the old ones is void."""
@@ -86,31 +79,25 @@ class FlashInferAttention:
 
     def plan(self, meta: BatchMeta, fixed_rows: int | None = None) -> FlashInferPlan:
         """Plan a step. With `fixed_rows` (every row one token) launches captured from one plan serve the next of that size."""
-        num_tokens = max((o + c for o, c in zip(meta.offsets, meta.counts, strict=True)), default=0)
-        if num_tokens > self._max_tokens or len(meta.counts) > self._max_rows:
-            raise ValueError(f"step of {num_tokens} tokens in {len(meta.counts)} rows exceeds the buffers")
+        rows, tables, needed = self._lay_out(meta)
         singles = all(count == 1 for count in meta.counts)
         if fixed_rows is not None and not (singles and len(meta.counts) <= fixed_rows):
             raise ValueError("a plan of fixed size holds only rows of one token")
         if self._copied is not None:
             self._copied.synchronize()
-        ends = [start + count for start, count in zip(meta.starts, meta.counts, strict=True)]
-        needed = [-(-end // self._page_size) for end in ends]
-        tables = self._mirror.flatten(meta.tables, needed)
         spare = 0 if fixed_rows is None else fixed_rows - len(needed)
         if len(tables) + spare > self._max_pages:
             self._set_room(2 * (len(tables) + spare))
             self.generation += 1
 
-        starts, counts, offsets = (np.array(part, np.int64) for part in (meta.starts, meta.counts, meta.offsets))
-        rows = Rows(starts, counts, offsets, np.cumsum(np.array(needed, np.int64)) - needed)
         sections = Sections(self._staging.begin(), self._staging.device)
         slots = sections.flat(token_slots(rows, tables, self._page_size, self._max_tokens), self._max_tokens)
         padded = np.concatenate([tables, np.repeat(tables[:1], spare)])
         indices = sections.flat(padded, self._max_pages)
         self._staging.send(sections.used)
 
-        lengths = self._host([(end - 1) % self._page_size + 1 for end in ends] + [1] * spare)
+        last = (rows.starts + rows.counts - 1) % self._page_size + 1
+        lengths = self._host([*last, *[1] * spare])
         pages = self._host(np.cumsum([0, *needed, *[1] * spare]))
         lists: tuple[torch.Tensor, ...] = (pages, indices[: len(padded)], lengths)
         if not singles:
@@ -159,28 +146,6 @@ class FlashInferAttention:
                 )
             self._wrappers[key] = made
         return self._wrappers[key]
-
-    def run(
-        self, handle: FlashInferPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
-    ) -> torch.Tensor:
-        """Write k, v ([T, K, D], rotated already) into the pages of `layer`, then attend with q [T, H, D]."""
-        write_kv(self._layers[layer], handle.slots, q, k, v)
-        return self._attend(handle, layer, q, window)
-
-    def run_rotary(
-        self,
-        handle: FlashInferPlan,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        window: int | None,
-        norm: QKNorm | None = None,
-    ) -> torch.Tensor:
-        """`run` on q, k not rotated yet. q is changed in place, k is not."""
-        write_kv(self._layers[layer], handle.slots, q, k, v, rotation, norm)
-        return self._attend(handle, layer, q, window)
 
     def _attend(self, handle: FlashInferPlan, layer: int, q: torch.Tensor, window: int | None) -> torch.Tensor:
         kv = self._layers[layer]

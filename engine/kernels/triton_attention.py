@@ -10,25 +10,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 
-from engine.kernels.api import BatchMeta, QKNorm
+from engine.kernels.api import BatchMeta
+from engine.kernels.cuda_attention import CudaAttention
 from engine.kernels.cuda_staging import Sections, Staging
 from engine.kernels.triton_attend import attend_kernel, merge_kernel
 from engine.kernels.triton_config import Launch, Tuning, tuning
 from engine.kernels.triton_plan import (
     ITEM_FIELDS,
     MERGE_FIELDS,
-    Rows,
     Split,
-    TableMirror,
     Work,
     plan_work,
     token_slots,
 )
-from engine.kernels.triton_write import write_kv
 
 _MERGE_TILE = 16  # partial results that one program merges at a time
 
@@ -52,13 +49,8 @@ class TritonPlan:
     windows: dict[int | None, tuple[Launched, Launched]]
 
 
-class TritonAttention:
-    """`api.Attention` by Triton kernels.
-
-    kv: `KVLayout.view` of a window, [P, num_layers, 2, page_size, K, D]. max_tokens and max_rows bound a step; page tables may
-    together hold `max_pages` pages, and when they hold more the buffer is replaced and `generation` goes up: graphs captured
-    before must be captured again. `windows` are the sliding windows that `run` will be called with.
-    """
+class TritonAttention(CudaAttention[TritonPlan]):
+    """`api.RotaryAttention` by Triton kernels. `tuned` replaces the launch shapes that suit the device."""
 
     def __init__(
         self,
@@ -71,21 +63,13 @@ class TritonAttention:
         windows: tuple[int | None, ...] = (None,),
         tuned: Tuning | None = None,
     ) -> None:
-        _, num_layers, _, self._page_size, self._kv_heads, self._head_dim = kv.shape
-        self._layers = [kv[:, layer] for layer in range(num_layers)]
+        super().__init__(kv, num_heads, max_tokens=max_tokens, max_rows=max_rows, max_pages=max_pages, windows=windows)
         self._group = num_heads // self._kv_heads
         self._block_d = max(16, triton.next_power_of_2(self._head_dim))
-        self._windows = tuple(dict.fromkeys(windows))
-        self._max_tokens = max_tokens
-        self._max_rows = max_rows
-        self._device = kv.device
         tuned = (tuned or tuning(kv.device, self._block_d, kv.dtype)).holding(self._group)
         self._prefill = self._kind(tuned.prefill, tuned.multiprocessors)
         self._decode = self._kind(tuned.decode, tuned.multiprocessors)
-        self._mirror = TableMirror()
-        self._max_pages = max(1, max_pages or kv.shape[0])
         self._staging = Staging(self._words(), kv.device)
-        self.generation = 0
 
     def _kind(self, launch: Launch, multiprocessors: int) -> Kind:
         lanes = max(1, multiprocessors * launch.resident // self._kv_heads)
@@ -116,18 +100,11 @@ class TritonAttention:
         With `fixed_rows` (a graph's padded number of rows, each of few tokens) every launch has the size that so many rows
         could need, so the launches captured from one such plan also serve the next one of the same `fixed_rows`.
         """
-        num_tokens = max((o + c for o, c in zip(meta.offsets, meta.counts, strict=True)), default=0)
-        if num_tokens > self._max_tokens or len(meta.counts) > self._max_rows:
-            raise ValueError(f"step of {num_tokens} tokens in {len(meta.counts)} rows exceeds the buffers")
-        needed = [-(-(s + c) // self._page_size) for s, c in zip(meta.starts, meta.counts, strict=True)]
-        tables = self._mirror.flatten(meta.tables, needed)
+        rows, tables, _ = self._lay_out(meta)
         if len(tables) > self._max_pages:
             self._max_pages = 2 * len(tables)
             self._staging = Staging(self._words(), self._device)
             self.generation += 1
-        ends = np.cumsum(np.array(needed, np.int64))
-        starts, counts, offsets = (np.array(part, np.int64) for part in (meta.starts, meta.counts, meta.offsets))
-        rows = Rows(starts, counts, offsets, ends - needed)
 
         short = rows.counts <= self._decode.split.unit_tokens
         if fixed_rows is not None and not (short.all() and len(short) <= fixed_rows):
@@ -155,31 +132,8 @@ class TritonAttention:
             sections.counted(work.items, max_items), sections.counted(work.merges, max_merges), num_items, num_merges
         )
 
-    def run(
-        self, handle: TritonPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
-    ) -> torch.Tensor:
-        """Write k, v ([T, K, D], rotated already) into the pages of `layer`, then attend with q [T, H, D]."""
-        write_kv(self._layers[layer], handle.slots, q, k, v)
-        return self._attend(handle, layer, q, window)
-
-    def run_rotary(
-        self,
-        handle: TritonPlan,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        window: int | None,
-        norm: QKNorm | None = None,
-    ) -> torch.Tensor:
-        """`run` on q, k not rotated yet: norm, rotation and write are one pass. q is changed in place, k is not."""
-        write_kv(self._layers[layer], handle.slots, q, k, v, rotation, norm)
-        return self._attend(handle, layer, q, window)
-
     def _attend(self, handle: TritonPlan, layer: int, q: torch.Tensor, window: int | None) -> torch.Tensor:
-        num_heads = self._kv_heads * self._group
-        out = torch.empty((q.shape[0], num_heads * self._head_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty((q.shape[0], self._num_heads * self._head_dim), dtype=q.dtype, device=q.device)
         prefill, decode = handle.windows[window]
         self._launch(self._prefill, prefill, handle, layer, q, window, out)
         self._launch(self._decode, decode, handle, layer, q, window, out)
