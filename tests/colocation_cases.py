@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import tiny_checkpoint
+from processes import PATIENCE, eventually
 
 from engine import Engine, SamplingParams, Tenant
 from engine.colocate import lending
@@ -29,16 +30,8 @@ from engine.generation import Generation
 from engine.memory.window import HostWindow
 from engine.types import Completion, FinishReason
 
-PATIENCE = 40.0  # seconds; only a failing test waits that long
 SLAB = 96 * 1024  # 128 tokens of the online model, 96 of the offline one
 NUM_SLABS = 16
-
-
-def eventually(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.005)
 
 
 # -- models and what they are asked

@@ -6,9 +6,14 @@ import atexit
 import functools
 import json
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 256, 257, 258: after the 256 bytes
 CHAT_TEMPLATE = (
@@ -31,6 +36,17 @@ _TINY = {
     "eos_token_id": 258,
     "pad_token_id": 256,
 }
+
+
+@contextmanager
+def small_file_system(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of `size` (256k, 1m) in a new folder; the test is skipped where this user may not mount one."""
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def tiny_checkpoint(

@@ -14,7 +14,7 @@ from typing import IO
 from engine.colocate.control import ControlPage, Word
 
 HERE = Path(__file__).parent
-PATIENCE = 30.0  # seconds; only a failing test waits that long
+PATIENCE = 60.0  # seconds; only a failing test waits that long
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:

@@ -265,7 +265,7 @@ def test_second_writer_is_refused(toy: Files) -> None:
     status, said = toy.run("--overwrite")
     assert status == 2 and len(records(toy.out)) == 1
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_interrupt_keeps_what_is_done_and_says_how_to_resume(toy: Files, number:
     process = toy.start("--max-inflight", "2", "--grace", "0.1", TOY_DELAY="0.1")
     toy.wait_for_records(process, beyond=200)
     process.send_signal(number)
-    said = process.communicate(timeout=20)[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
     done = by_id(toy.out)
     assert "id-1" in done and "id-2" not in done and len(done) < 198

@@ -64,18 +64,16 @@ async def test_many_streams_at_once(engine):
 async def test_leaving_a_stream_aborts_it(engine):
     async for _ in engine.stream("abc", SamplingParams(max_tokens=400, ignore_eos=True), request_id="leave"):
         break
-    for _ in range(200):
-        if not engine._live:
-            break
-        await asyncio.sleep(0.01)
-    assert not engine._live
+    async with asyncio.timeout(60):
+        while engine._live:
+            await asyncio.sleep(0.01)
 
 
 def test_abort_by_id_in_any_state(engine):
     long = SamplingParams(max_tokens=400, ignore_eos=True)
     generation = engine.submit("abc", long, request_id="mine")
     assert engine.abort("mine")
-    assert generation.result(10).choices[0].finish_reason is FinishReason.ABORT
+    assert generation.result(60).choices[0].finish_reason is FinishReason.ABORT
     assert not engine.abort("mine")
     assert not engine.abort("never was")
 
@@ -272,7 +270,7 @@ def test_close_ends_waiting_readers(folder):
     generation = engine.submit("x", SamplingParams(max_tokens=400, ignore_eos=True))
     engine.close()
     with pytest.raises(EngineDead):
-        generation.result(10)
+        generation.result(60)
     with pytest.raises(EngineDead):
         engine.submit("x", GREEDY)
     assert not engine.alive

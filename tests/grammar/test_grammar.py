@@ -23,14 +23,6 @@ SCHEMA = {
 }
 
 
-@pytest.fixture(scope="module")
-def grammars(tmp_path_factory):
-    tokenizer = Tokenizer.load(tiny_checkpoint(tmp_path_factory.mktemp("model")))
-    made = Grammars(lambda: tokenizer, 264, (EOS,))
-    yield made
-    made.close()
-
-
 def ids(mask: bytes) -> list[int]:
     return [i for i in range(8 * len(mask)) if mask[i >> 3] >> (i & 7) & 1]
 

@@ -6,10 +6,8 @@ import json
 import random
 
 import pytest
-from helpers import tiny_checkpoint
 
 from engine.grammar import Grammars
-from engine.tokenizer import Tokenizer
 from engine.tool_calls import FORMATS, whole_calls
 from engine.tools import read_offer
 from engine.types import Grammar
@@ -45,14 +43,6 @@ TOOLS = [
         "function": {"name": "stop", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
     },
 ]
-
-
-@pytest.fixture(scope="module")
-def grammars(tmp_path_factory):
-    tokenizer = Tokenizer.load(tiny_checkpoint(tmp_path_factory.mktemp("model")))
-    made = Grammars(lambda: tokenizer, 264, (EOS,))
-    yield made
-    made.close()
 
 
 def write(grammars: Grammars, text: str, seed: int) -> str:

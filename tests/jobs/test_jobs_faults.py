@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from aiohttp import FormData
+from helpers import small_file_system
 from prometheus_client.parser import text_string_to_metric_families
 from serving import MESSAGES, Server, serving
 
@@ -166,14 +167,8 @@ async def test_an_input_cut_short_fails_its_batch(engine: Engine, tmp_path: Path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB; skipped where this user may not mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_file_system(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 async def test_a_full_disk_pauses_the_job_and_hurts_nobody_online(engine: Engine, small_disk: Path) -> None:

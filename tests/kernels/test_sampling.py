@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_cases import GREEDY, Fixed, Row
 
-from engine.errors import RequestFailed
 from engine.kernels.sampling import LOGPROB_FLOOR, Sample, draw, nucleus, sample, survivors, token_logprobs
 from engine.types import SamplingParams, uniform
-
-GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A guide that allows the same ids for ever, or has failed."""
-
-    ids: tuple[int, ...] = ()
-    error: str | None = None
-    ready = True
-
-    def prepare(self, tokens: object, num_prompt: int) -> None: ...
-
-    def allowed(self) -> bytes:
-        if self.error is not None:
-            raise RequestFailed(self.error)
-        return sum(1 << i for i in self.ids).to_bytes(16, "little")
-
-
-@dataclass(frozen=True)
-class Row:
-    params: SamplingParams = GREEDY
-    tokens: tuple[int, ...] = (0,)
-    num_prompt: int = 1
-    uniform: float = 0.5
-    suppress: tuple[int, ...] = ()
-    guide: Fixed | None = None
-
-    @property
-    def end(self) -> int:
-        return len(self.tokens)
 
 
 def one(logits: list[float] | torch.Tensor, row: Row) -> Sample:

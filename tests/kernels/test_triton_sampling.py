@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
+from sampling_cases import GREEDY, Fixed, Row
 from triton_device import DEVICE, REASON
 
 if DEVICE is None:
@@ -13,43 +13,9 @@ if DEVICE is None:
 
 import torch
 
-from engine.errors import RequestFailed
 from engine.kernels import sampling
 from engine.kernels.triton_sampling import sample
 from engine.types import SamplingParams
-
-GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A guide that allows the same ids for ever, or has failed."""
-
-    ids: tuple[int, ...] = ()
-    error: str | None = None
-    ready = True
-
-    def prepare(self, tokens: object, num_prompt: int) -> None: ...
-
-    def allowed(self) -> bytes:
-        if self.error is not None:
-            raise RequestFailed(self.error)
-        return sum(1 << i for i in self.ids).to_bytes(16, "little")
-
-
-@dataclass(frozen=True)
-class Row:
-    params: SamplingParams = GREEDY
-    tokens: tuple[int, ...] = (0,)
-    num_prompt: int = 1
-    uniform: float = 0.5
-    suppress: tuple[int, ...] = ()
-    guide: Fixed | None = None
-
-    @property
-    def end(self) -> int:
-        return len(self.tokens)
-
 
 SETTINGS = [
     SamplingParams(),
