@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
+
+import msgspec
 
 from engine.clock import MonotonicClock
 from engine.errors import EngineDead, RequestFailed
@@ -47,9 +50,11 @@ class StopStrings:
 
     def push(self, text: str, *, armed: bool = True, last: bool = False) -> str:
         """Text that is safe to show now. Sets `found` when a stop string is complete; unless `armed` nothing stops."""
+        if not self._stops:
+            return text
         text = self._held + text
         self._held = ""
-        if not self._stops or not armed:
+        if not armed:
             return text
         hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
@@ -81,26 +86,26 @@ class _ChoiceText:
 
     def push(self, out: TokenOut) -> Delta:
         params = self._params
-        reason = out.finish_reason
+        reason, token = out.finish_reason, out.token
         stop_reason: str | int | None = None
         text = ""
-        if out.token is not None:
+        if token is not None:
             self.num_tokens += 1
             hidden = out.stop_token is not None and reason is FinishReason.STOP and not params.include_stop_str_in_output
-            text = "" if hidden else self._detokenizer.push(out.token)
+            text = "" if hidden else self._detokenizer.push(token)
         if reason is not None:
             text += self._detokenizer.flush()
             if out.stop_token in params.stop_token_ids:
                 stop_reason = out.stop_token
-        armed = self.num_tokens >= params.min_tokens
-        text = self._stops.push(text, armed=armed, last=reason is not None)
-        if self._stops.found is not None:
-            reason, stop_reason = FinishReason.STOP, self._stops.found
+        if params.stop:
+            text = self._stops.push(text, armed=self.num_tokens >= params.min_tokens, last=reason is not None)
+            if self._stops.found is not None:
+                reason, stop_reason = FinishReason.STOP, self._stops.found
         self.finished = reason is not None
         return Delta(
             index=self.index,
             text=text,
-            tokens=() if out.token is None else (out.token,),
+            tokens=() if token is None else (token,),
             logprobs=() if out.logprob is None else (out.logprob,),
             prompt_logprobs=out.prompt_logprobs,
             finish_reason=reason,
@@ -109,8 +114,10 @@ class _ChoiceText:
         )
 
 
-def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
+def merge_deltas(deltas: list[Delta]) -> list[Delta]:
     """One delta per choice, in order of first appearance, that says the same as all of them together."""
+    if len(deltas) < 2:
+        return deltas
     groups: dict[int, list[Delta]] = {}
     for delta in deltas:
         groups.setdefault(delta.index, []).append(delta)
@@ -119,7 +126,7 @@ def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
 
 def _joined(group: list[Delta]) -> Delta:
     last = group[-1]
-    return replace(
+    return msgspec.structs.replace(
         last,
         text="".join(delta.text for delta in group),
         tokens=tuple(token for delta in group for token in delta.tokens),
@@ -140,7 +147,8 @@ class Times:
     delayed: float = 0.0  # the same to its end
 
     def saw(self, out: TokenOut) -> None:
-        self.delayed = max(self.delayed, out.delayed)
+        if out.delayed > self.delayed:
+            self.delayed = out.delayed
         if out.token is None:
             return
         self.last = _clock.now()
@@ -169,6 +177,7 @@ class Generation:
         self.prompt_tokens = prompt_tokens
         self.params = params
         self._choices = [_ChoiceText(index, params, make_detokenizer()) for index in range(params.n)]
+        self._unfinished = params.n
         self._abort = abort
         self._lock = threading.Lock()
         self._mail: list[Delta] = []
@@ -185,7 +194,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        return self._dead is not None or all(choice.finished for choice in self._choices)
+        return not self._unfinished or self._dead is not None
 
     @property
     def num_preemptions(self) -> int:
@@ -207,22 +216,24 @@ class Generation:
             if not choice.finished and self._dead is None:
                 self._abort(choice.index)
 
+    async def read(self) -> list[Delta]:
+        """What came since the last time, merged, as soon as there is any; empty at the end. Raises EngineDead."""
+        while not self._mail and not self.finished:
+            await self._wait_async()
+        return self._take()
+
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        while True:
-            deltas, done = self._take()
+        while deltas := await self.read():
             for delta in deltas:
                 yield delta
-            if done:
-                return
-            await self._wait_async()
 
     def __iter__(self) -> Iterator[Delta]:
         while True:
-            deltas, done = self._take()
-            yield from deltas
-            if done:
+            while not self._mail and not self.finished:
+                self._wait_sync(None)
+            if not (deltas := self._take()):
                 return
-            self._wait_sync(None)
+            yield from deltas
 
     async def completion(self) -> Completion:
         """Wait for the end. Raises RequestFailed, or EngineDead; aborts the request if the waiting task is cancelled."""
@@ -233,21 +244,21 @@ class Generation:
         except asyncio.CancelledError:
             self.abort()
             raise
-        return self._completion(self._take()[0])
+        return self._completion(self._take())
 
     def result(self, timeout: float | None = None) -> Completion:
         """`completion` for callers without an event loop. Raises TimeoutError after `timeout` seconds."""
         self._only_when_done = True
         while not self.finished:
             self._wait_sync(timeout)
-        return self._completion(self._take()[0])
+        return self._completion(self._take())
 
-    def _take(self) -> tuple[list[Delta], bool]:
+    def _take(self) -> list[Delta]:
         with self._lock:
             mail, self._mail = self._mail, []
             if not mail and self._dead is not None:
                 raise self._dead
-            return merge_deltas(mail), self._dead is None and self.finished
+        return merge_deltas(mail)
 
     async def _wait_async(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -304,6 +315,7 @@ class Generation:
             if choice.finished:
                 return None  # what the engine computed before it obeyed the abort
             self._mail.append(choice.push(out))
+            self._unfinished -= choice.finished
             self._cached_tokens = max(self._cached_tokens, out.num_cached)
             self._num_preemptions = max(self._num_preemptions, out.num_preemptions)
             self.times.saw(out)
@@ -326,6 +338,9 @@ class Generation:
         return waiter
 
 
+_AT_ONCE = 32  # readers woken in one turn of an event loop, so that a large step does not keep it from everybody else
+
+
 def wake(waiters: Iterable[asyncio.Future[None] | threading.Event]) -> None:
     """Wake readers: events directly, futures with one call into each event loop."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
@@ -336,12 +351,15 @@ def wake(waiters: Iterable[asyncio.Future[None] | threading.Event]) -> None:
             loops.setdefault(waiter.get_loop(), []).append(waiter)
     for loop, futures in loops.items():
         try:
-            loop.call_soon_threadsafe(_resolve, futures)
+            loop.call_soon_threadsafe(_resolve, loop, iter(futures))
         except RuntimeError:  # the loop is closed: nobody is waiting there any more
             continue
 
 
-def _resolve(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
+def _resolve(loop: asyncio.AbstractEventLoop, futures: Iterator[asyncio.Future[None]]) -> None:
+    batch = list(islice(futures, _AT_ONCE))
+    for future in batch:
         if not future.done():
             future.set_result(None)
+    if len(batch) == _AT_ONCE:
+        loop.call_soon(_resolve, loop, futures)

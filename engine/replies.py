@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import msgspec
+
 from engine.tool_calls import CallPart, Reader, whole_calls
 from engine.types import Choice, Completion, Cost, Delta, FinishReason, ModelCard, Tenant, TokenLogprob, Usage
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON lacks
 Json = dict[str, Any]
+_MARK = "\0"
+_encode = msgspec.json.Encoder().encode
 
 
 class Vocabulary(Protocol):
@@ -258,17 +262,40 @@ class Chunks:
     _offsets: dict[int, int] = field(default_factory=dict)  # index -> length of the text that logprobs have covered
     _counts: dict[int, int] = field(default_factory=dict)  # prompt -> output tokens so far
     _echoes: dict[int, Sequence[TokenLogprob | None]] = field(default_factory=dict)
+    _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # index -> the JSON around a piece of text
 
     def push(self, prompt: int, delta: Delta) -> list[Json]:
         """The chunks for new output of the generation of prompt number `prompt`."""
         if self.shape.no_output:
-            delta = replace(delta, text="", tokens=(), logprobs=())
+            delta = msgspec.structs.replace(delta, text="", tokens=(), logprobs=())
         self._counts[prompt] = self._counts.get(prompt, 0) + len(delta.tokens)
         if delta.prompt_logprobs is not None:
             self._echoes[prompt] = delta.prompt_logprobs
         index = prompt * self.shape.n + delta.index
         make = self._chat if self.shape.chat else self._text
         return [self._chunk(choice, prompt) for choice in make(prompt, index, delta)]
+
+    def push_text(self, prompt: int, delta: Delta) -> bytes | None:
+        """The one chunk of `push`, as JSON, for a delta that has nothing to tell but text, as most have; None for any other.
+
+        Only the text is encoded anew.
+        """
+        if not delta.text or delta.finish_reason is not None:
+            return None
+        index = prompt * self.shape.n + delta.index
+        frame = self._frames.get(index) or self._frame(prompt, index, delta.index)
+        return None if frame is None else frame[0] + _encode(delta.text) + frame[1]
+
+    def _frame(self, prompt: int, index: int, choice: int) -> tuple[bytes, bytes] | None:
+        """The JSON around the text of a chunk, if that is all that varies from one to the next."""
+        shape = self.shape
+        told = shape.logprobs or shape.token_ids or shape.continuous_usage or shape.no_output
+        if told or self.reader is not None or index not in self._started:
+            return None
+        (chunk,) = self.push(prompt, Delta(index=choice, text=_MARK))
+        before, _, after = _encode(chunk).rpartition(_encode(_MARK))  # no other string stands behind it
+        self._frames[index] = before, after
+        return before, after
 
     def usage(self, usage: Json) -> Json:
         """The last chunk of a stream with `include_usage`."""

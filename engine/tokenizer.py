@@ -162,16 +162,21 @@ class Detokenizer:
         self._skipped = vocab.special if skip_special else frozenset[int]()
         self._strip = vocab.strips_start and not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._holds = False  # the first bytes of a character
 
     def push(self, token: int) -> str:
         """The text that `token` completes; a character whose last bytes are still to come is held back."""
         if token in self._skipped:
             return ""
+        if not self._holds and not self._strip and (text := self._vocab.text_of(token)) is not None:
+            return text
         data = self._vocab.bytes_of(token)
         if self._strip and data:
             data = data.removeprefix(b" ")
             self._strip = False
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        self._holds = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What is held back, as U+FFFD: nothing follows any more."""
@@ -188,6 +193,7 @@ class _Vocabulary:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._cache: dict[int, bytes] = {}  # at most the vocabulary; two threads may compute the same entry
+        self._texts: dict[int, str | None] = {}  # the same of whole characters
         added = backend.get_added_tokens_decoder().items()
         self.special = frozenset(i for i, token in added if token.special and token.content not in _SHOWN)
         decoder = backend.decoder
@@ -208,6 +214,20 @@ class _Vocabulary:
                 return b""
             data = self._cache[token] = self._bytes_in(spelling)
         return data
+
+    def text_of(self, token: int) -> str | None:
+        """`bytes_of` as text; None unless they are whole characters."""
+        try:
+            return self._texts[token]
+        except KeyError:
+            data = self.bytes_of(token)
+        try:
+            text: str | None = data.decode()
+        except UnicodeDecodeError:
+            text = None
+        if data:
+            self._texts[token] = text
+        return text
 
 
 def _byte_alphabet() -> Iterator[tuple[str, int]]:

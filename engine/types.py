@@ -298,8 +298,7 @@ class TokenOut(msgspec.Struct, frozen=True, kw_only=True):
     delayed: float = 0.0  # with the first and the last: seconds so far of steps, or shares of steps, that were offline work
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """New output of one choice since the last delta. A slow reader gets several merged into one."""
 
     index: int

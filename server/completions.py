@@ -6,15 +6,14 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from aiohttp import web
 
 from engine.calls import Call
 from engine.errors import EngineDead, Overloaded, RequestFailed
 from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
-from engine.replies import Chunks, Json, cost_body
-from engine.timeline import Served, Timeline
+from engine.replies import Chunks, cost_body
+from engine.timeline import Served, StepHistogram, Timeline
 from engine.types import Delta, FinishReason, Tenant
 from server.admission import Place, Refused, clamp_priority
 from server.http import json_response, read_json
@@ -149,14 +148,17 @@ async def _send_all(events: EventStream, job: Job, watch: Watch) -> None:
 
 
 async def _pump(events: EventStream, job: Job, index: int, chunks: Chunks, watch: Watch) -> None:
-    async for delta in job.generations[index]:
-        watch.delta((index, delta.index), delta)
-        if delta.finish_reason is FinishReason.ERROR:
-            raise RequestFailed(delta.error or "the request failed")
-        if delta.finish_reason is FinishReason.ABORT:
-            raise aborted()
-        made: list[Json] = chunks.push(index, delta)
-        await events.send(*made)
+    while deltas := await job.generations[index].read():
+        for delta in deltas:
+            watch.delta((index, delta.index), delta)
+            if delta.finish_reason is FinishReason.ERROR:
+                raise RequestFailed(delta.error or "the request failed")
+            if delta.finish_reason is FinishReason.ABORT:
+                raise aborted()
+            if (text := chunks.push_text(index, delta)) is not None:
+                await events.send_json(text)
+            else:
+                await events.send(*chunks.push(index, delta))
 
 
 @dataclass(slots=True)
@@ -169,13 +171,13 @@ class Watch:
     job: Job | None = None
     labels: tuple[str, str] = ("", "")
     told: dict[tuple[int, int], float] = field(default_factory=dict)  # choice -> when it last got tokens
-    token_seconds: Any = None
+    token_seconds: StepHistogram | None = None
     over: bool = False  # its end is counted; a connection that is closed after it is nobody's leaving
 
     def submitted(self, job: Job) -> None:
         self.job = job
         self.labels = (job.head.model, job.tenant.value)
-        self.token_seconds = self.metrics.itl.labels(*self.labels)  # looked up once, not for every token
+        self.token_seconds = self.metrics.itl.of(*self.labels)
         self.metrics.params_n.labels(*self.labels).observe(job.call.params.n)
         if job.call.params.max_tokens is not None:
             self.metrics.params_max_tokens.labels(*self.labels).observe(job.call.params.max_tokens)
@@ -187,11 +189,10 @@ class Watch:
             if (last := self.told.get(choice)) is None:
                 self._first_token(now - self.started, choice[0])
             else:
-                observe = self.token_seconds.observe
-                for _ in range(count):
-                    observe((now - last) / count)
+                assert self.token_seconds is not None
+                self.token_seconds.add((now - last) / count, count)
             self.told[choice] = now
-        if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if delta.finish_reason is not None and delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.finished(delta.finish_reason)
 
     def finished(self, reason: str) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -36,8 +36,11 @@ class EventStream:
         self.response = response
         self._request = request
         self._write_timeout = write_timeout
-        self._clock: Callable[[], float] = asyncio.get_running_loop().time
-        self._last_write = self._clock()
+        self._chunked = request.version >= HttpVersion11
+        self._begun = False  # aiohttp has sent the headers and the first event
+        self._loop = asyncio.get_running_loop()
+        self._last_write = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
         self._ticker: asyncio.Task[None] | None = None
 
     async def send(self, *events: Any) -> None:
@@ -45,30 +48,55 @@ class EventStream:
         if events:
             await self._write(b"".join(b"data: " + _encode(event) + b"\n\n" for event in events))
 
+    async def send_json(self, event: bytes) -> None:
+        """`send` for an event that is JSON already."""
+        await self._write(b"data: %b\n\n" % event)
+
     async def end(self) -> None:
         """The last event, and the end of the answer. Raises as `send` does."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-        await self._write(_DONE, last=True)
+        await self.fall_silent()
+        self._last_write = self._loop.time()
+        await self._patiently(self.response.write_eof(_DONE))
 
-    async def _write(self, data: bytes, *, last: bool = False) -> None:
-        self._last_write = self._clock()
-        write = self.response.write_eof if last else self.response.write
+    async def _write(self, data: bytes) -> None:
+        self._last_write = self._loop.time()
         transport = self._request.transport
-        if transport is not None and transport.get_write_buffer_size() + len(data) < _ROOM:
-            await write(data)  # cannot wait, so it needs no timer
-            return
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() + len(data) >= _ROOM:
+            await self._patiently(self.response.write(data))
+        elif self._begun and self._chunked:  # as aiohttp would, without what it does for other kinds of answers
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            await self.response.write(data)  # cannot wait, so it needs no timer
+            self._begun = True
+
+    async def _patiently(self, writing: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(self._write_timeout or None):
-                await write(data)
+                await writing
         except TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise SlowReader from None
 
-    async def _keep_alive(self, interval: float) -> None:
+    def keep_alive(self, interval: float) -> None:
+        """Send a comment whenever nothing else was sent for `interval` seconds. Most streams end before there is a need."""
+        self._timer = self._loop.call_later(interval, self._start_ticker, interval)
+
+    async def fall_silent(self) -> None:
+        """No more comments."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ticker is not None:
+            self._ticker.cancel()
+            # A write that failed has closed the connection, of which this task hears by being cancelled.
+            await asyncio.gather(self._ticker, return_exceptions=True)
+
+    def _start_ticker(self, interval: float) -> None:
+        self._ticker = asyncio.create_task(self._tick(interval))
+
+    async def _tick(self, interval: float) -> None:
         while True:
-            idle = self._clock() - self._last_write
+            idle = self._loop.time() - self._last_write
             if idle < interval:
                 await asyncio.sleep(interval - idle)
             else:
@@ -84,11 +112,8 @@ async def open_stream(
     stream = EventStream(request, response, write_timeout)
     await response.prepare(request)
     if keep_alive_interval:
-        stream._ticker = asyncio.create_task(stream._keep_alive(keep_alive_interval))
+        stream.keep_alive(keep_alive_interval)
     try:
         yield stream
     finally:
-        if stream._ticker is not None:
-            stream._ticker.cancel()
-            # A write that failed has closed the connection, of which this task hears by being cancelled.
-            await asyncio.gather(stream._ticker, return_exceptions=True)
+        await stream.fall_silent()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -76,11 +77,11 @@ def test_stop_strings_do_not_depend_on_token_boundaries(text, cuts, stops, inclu
 def test_text_that_may_become_a_stop_string_is_held_back():
     generation, aborted = make(SamplingParams(stop=("END",)))
     feed(generation, "xE")
-    assert [delta.text for delta in generation._take()[0]] == ["x"]
+    assert [delta.text for delta in generation._take()] == ["x"]
     feed(generation, "N")
-    assert "".join(delta.text for delta in generation._take()[0]) == ""
+    assert "".join(delta.text for delta in generation._take()) == ""
     feed(generation, "y")
-    assert [delta.text for delta in generation._take()[0]] == ["ENy"]
+    assert [delta.text for delta in generation._take()] == ["ENy"]
     assert not aborted
 
 
@@ -147,6 +148,27 @@ async def test_async_reader_gets_everything_from_another_thread():
     text = "".join([delta.text async for delta in generation])
     thread.join()
     assert text == "hello" * 50
+
+
+async def test_a_step_of_many_readers_does_not_keep_the_loop_from_others():
+    """They are woken some at a time: whoever else has something to do on the loop has turns in between."""
+    generations = [make()[0] for _ in range(200)]
+    turn, woken = 0, []
+
+    async def read(generation):
+        (delta,) = await generation.read()
+        woken.append(turn)
+        return delta.text
+
+    readers = [asyncio.create_task(read(generation)) for generation in generations]
+    await asyncio.sleep(0)
+    wake([generation.push(0, TokenOut(id="r.0", token=ord("x"))) for generation in generations])
+    while len(woken) < len(generations):
+        turn += 1
+        await asyncio.sleep(0)
+
+    assert await asyncio.gather(*readers) == ["x"] * len(generations)
+    assert max(Counter(woken).values()) <= 64
 
 
 async def test_cancelled_wait_aborts():

@@ -8,13 +8,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from serving import ENDLESS, LONG_CONTEXT, MESSAGES, HeldTokenizer, make_engine
 
 from engine import Engine
 from engine.errors import EngineDead, Overloaded, RequestFailed, ShuttingDown
 from engine.openai import CHAT, COMPLETIONS, answer, error_answer, parse, submit
-from engine.types import Tenant
+from engine.replies import Chunks, Head, Prompt, Shape
+from engine.types import Delta, FinishReason, Tenant
 
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 
@@ -380,3 +382,45 @@ async def test_an_online_prompt_never_stands_in_line_behind_a_job(
         finally:
             go_on.set()
         assert {line.status for line in await asyncio.gather(*lines)} == {200}
+
+
+class NoWords:
+    def token_text(self, token: int) -> str:
+        return ""
+
+    def token_bytes(self, token: int) -> bytes:
+        return b""
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"chat": True},
+    {"chat": False},
+    {"chat": True, "include_usage": True},
+    {"chat": False, "include_usage": True, "n": 3},
+    {"chat": True, "include_usage": True, "continuous_usage": True},
+    {"chat": True, "logprobs": True},
+    {"chat": False, "token_ids": True},
+    {"chat": False, "no_output": True},
+    {"chat": False, "echo": True},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_chunk_of_text_made_the_short_way_is_the_same(shape: dict[str, Any]) -> None:
+    head = Head(id='""', created=1, model='m "" \0 é', tier="default", fingerprint="")
+    long, short = (Chunks(head, Shape(**shape), [Prompt((1,), "p")] * 2, NoWords()) for _ in range(2))
+    texts = ["a", "", '"', "\0", "\\n\n", "\u2028\U0001f600\x7f", "b"]
+    deltas = [Delta(index=i % shape.get("n", 1), text=text, tokens=(i,)) for i, text in enumerate(texts * 3)]
+    deltas.append(Delta(index=0, text="end", tokens=(9,), finish_reason=FinishReason.STOP))
+    made = 0
+    for prompt in (0, 1):
+        for delta in deltas:
+            expected = [msgspec.json.encode(chunk) for chunk in long.push(prompt, delta)]
+            if (text := short.push_text(prompt, delta)) is not None:
+                made += 1
+                assert [text] == expected
+            else:
+                assert [msgspec.json.encode(chunk) for chunk in short.push(prompt, delta)] == expected
+
+    plain = not {"continuous_usage", "logprobs", "token_ids", "no_output"} & shape.keys()
+    assert bool(made) is plain, "the short way is taken where there is nothing but text"

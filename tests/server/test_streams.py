@@ -33,6 +33,10 @@ async def raw_post(server: Server, path: str, body: Any, receive_buffer: int | N
     return reader, writer
 
 
+def text_of(events: list[Any]) -> str:
+    return "".join(choice["delta"].get("content", "") for event in events[:-1] for choice in event["choices"])
+
+
 async def test_order_of_a_chat_stream(engine: Engine) -> None:
     async with serving(engine) as server:
         body = {"messages": MESSAGES, "stream_options": {"include_usage": True}} | GREEDY
@@ -124,6 +128,20 @@ async def test_a_silent_stream_gets_comments(engine: Engine) -> None:
     comments = [index for index, event in enumerate(events) if event == ": keep-alive"]
     role = next(i for i, event in enumerate(events) if isinstance(event, dict))
     assert comments[0] < role, "the role chunk comes with the first token, not before"
+
+
+async def test_a_client_of_http_1_0_gets_the_events_without_chunks(engine: Engine) -> None:
+    async with serving(engine) as server:
+        expected = await server.events(CHAT, {"messages": MESSAGES} | GREEDY)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        data = json.dumps({"messages": MESSAGES, "stream": True} | GREEDY).encode()
+        writer.write(f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+        writer.close()
+
+    assert "chunked" not in head.lower()
+    events = parse_events(body)
+    assert (text_of(events), events[-1]) == (text_of(expected), "[DONE]")
 
 
 @pytest.mark.parametrize("stream", [True, False])
