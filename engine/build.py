@@ -101,15 +101,18 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
             weights, work = (sum(size(config, spec) for spec in specs) for size in (_weight_bytes, _work_bytes))
             sinks = slab_bytes * len(specs) if len(specs) > 1 else 0
             allowed = int(config.gpu_memory_utilization * device.total) - device.used - weights - work - sinks
-            if len(specs) > 1 and allowed < slab_bytes * len(specs):
+            if allowed < slab_bytes * len(specs):
+                subject = "the model does" if len(specs) == 1 else "two models do"
                 raise InvalidConfig(
-                    f"two models do not fit this GPU: of {_gib(device.total)} others use {_gib(device.used)}, and weights "
-                    f"({_gib(weights)}) and work space ({_gib(work)}) of both models leave no slab of KV for each; raise "
-                    "--gpu-memory-utilization, lower --max-num-batched-tokens or --max-num-seqs, or take smaller models"
+                    f"{subject} not fit this GPU: of {_gib(device.total)} others use {_gib(device.used)}, and weights "
+                    f"({_gib(weights)}) and work space ({_gib(work)}) leave no slab of KV for each; raise "
+                    "--gpu-memory-utilization, lower --max-num-batched-tokens or --max-num-seqs, or take a smaller model"
                 )
         wanted = min(max(config.max_num_seqs * longest, slab_bytes * len(specs)), allowed)
     if wanted < slab_bytes * len(specs):
-        raise InvalidConfig(f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; give it more")
+        raise InvalidConfig(
+            f"KV memory of {wanted} bytes is less than a slab of {slab_bytes} for each model; raise --kv-cache-memory"
+        )
     return Memory(wanted // slab_bytes, slab_bytes)
 
 
@@ -278,10 +281,9 @@ def build_core(
     )
     clock = clock or MonotonicClock()
     control, modes = _make_control(config, clock)
-    tpot = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1e3
     scheduler = Scheduler(
         kv,
-        OnlineFirst() if control is None else SharedStep(tpot, config.slo_increase, control, modes),
+        OnlineFirst() if control is None else SharedStep(_tpot(config), config.slo_increase, control, modes),
         clock,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=step_tokens(config),
@@ -304,14 +306,17 @@ def _make_control(config: EngineConfig, clock: Clock) -> tuple[SloControl | None
     """What sizes shared steps, if there may be such, and what chooses between these and none, if that is left open."""
     if config.sharing == "exclusive":
         return None, None
-    tpot = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1e3
-    seconds = _ttft(config) if config.slo_metric.endswith("ttft") else tpot
+    seconds = _ttft(config) if config.slo_metric.endswith("ttft") else _tpot(config)
     control = SloControl(config.slo_metric, seconds=seconds, increase=config.slo_increase)
     return control, ModeChooser(clock.now()) if config.sharing == "auto" else None
 
 
 def _ttft(config: EngineConfig) -> float | None:
     return None if config.ttft_slo_ms is None else config.ttft_slo_ms / 1e3
+
+
+def _tpot(config: EngineConfig) -> float | None:
+    return None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1e3
 
 
 def step_time_file(config: EngineConfig, built: BuiltModel) -> Path:

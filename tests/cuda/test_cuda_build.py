@@ -66,8 +66,10 @@ def test_no_more_kv_than_can_be_used(spec: ModelSpec) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_too_little_memory_is_refused_in_words(spec: ModelSpec) -> None:
-    with pytest.raises(InvalidConfig, match="give it more"):
+    with pytest.raises(InvalidConfig, match=r"weights .* work space .* no slab of KV .* --gpu-memory-utilization"):
         plan_memory(config(gpu_memory_utilization=0.1), [spec])
+    with pytest.raises(InvalidConfig, match="raise --kv-cache-memory"):
+        plan_memory(config(kv_cache_memory=2**20), [spec])
 
 
 @pytest.mark.usefixtures("gpu")
@@ -82,7 +84,7 @@ def test_two_models_share_what_both_leave(spec: ModelSpec) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_two_models_that_do_not_fit_are_told_what_takes_the_room(spec: ModelSpec) -> None:
-    with pytest.raises(InvalidConfig, match=r"weights .* work space .* both models .* --gpu-memory-utilization"):
+    with pytest.raises(InvalidConfig, match=r"two models .* weights .* work space .* no slab of KV for each"):
         plan_memory(config(gpu_memory_utilization=0.3), [spec, spec])
 
 
