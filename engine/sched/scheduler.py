@@ -575,4 +575,4 @@ def _needs_no_history(row: PlanRow) -> bool:
     """Whether the token after this row's can be sampled without the host having seen this one."""
     params = row.params
     penalised = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
-    return not penalised and row.guide is None
+    return not penalised and row.guide is None and all(len(tokens) == 1 for tokens in params.bad_tokens)

@@ -154,6 +154,17 @@ def test_what_needs_the_last_token_on_the_host_waits_for_it(penalty: str) -> Non
     assert not any(plan.follows for plan in runner.plans)
 
 
+def test_a_bad_word_of_several_tokens_waits_for_them_and_does_not_come() -> None:
+    usual = expected_tokens([1, 2, 3], 8, VOCAB)
+    outputs = []
+    for launch_ahead in (True, False):
+        core, runner = make_core(launch_ahead=launch_ahead)
+        submit(core, "a", [1, 2, 3], bad_tokens=((usual[3], usual[4]),))
+        outputs.append(finish(core)["a"])
+        assert not any(plan.follows for plan in runner.plans)
+    assert outputs[0] == outputs[1] and outputs[0][:4] == usual[:4] and outputs[0][4] != usual[4]
+
+
 def test_offline_steps_are_not_launched_ahead() -> None:
     core, runner = make_core()
     submit(core, "a", [1, 2, 3], Tenant.OFFLINE)
