@@ -135,6 +135,9 @@ class EngineConfig:
         low=1,
     )
     max_num_queued_reqs: int = knob(1024, "most online requests waiting before new ones are refused", low=1)
+    max_num_queued_tokens: int = knob(
+        0, "most prompt tokens of online requests without a first token before new ones are refused; 0: no limit", low=0
+    )
     kv_cache_memory: int | None = knob(
         None, "KV memory in bytes, e.g. 2GiB (default: room for what can run at once, within free memory)",
         parse=parse_bytes, low=1,

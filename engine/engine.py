@@ -14,26 +14,26 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from engine.build import BuiltModel, Memory, build_core, load_model, step_time_file
+from engine.backlog import Backlog
+from engine.build import BuiltModel, build_core, load_model, step_time_file
 from engine.config import EngineConfig
 from engine.core import StepStats
 from engine.errors import (
     ContextTooLong,
     EngineDead,
     InvalidRequest,
-    Overloaded,
     ShuttingDown,
     UnknownModel,
 )
 from engine.generation import Generation, wake
-from engine.grammar import Grammars, load_tokenizer
 from engine.loop import EngineLoop
 from engine.memory.pages import SlabUse, slab_use
 from engine.sched.plan import StepPlan, StepResult
 from engine.sched.scheduler import TenantCounters
-from engine.served import Served, ServedModels, open_models
+from engine.served import Served, open_models, serve_built
 from engine.timeline import Timeline
 from engine.types import Abort, Completion, Cost, Delta, FinishReason, ModelCard, SamplingParams, Submit, Tenant, TokenOut
 
@@ -125,11 +125,10 @@ class Engine:
                 if served is not None:
                     served.grammars.warm_up()
         else:
-            self._models = _only(built, config, tokenizer)
+            self._models = serve_built(built, config, tokenizer)
         self._random = random.Random(self.config.seed)
         self._lock = threading.Lock()
         self._live: dict[str, Generation] = {}
-        self._num_online = 0  # sequences of live online generations
         self._count = 0
         self._draining = False
         self._dead: EngineDead | None = None
@@ -137,6 +136,7 @@ class Engine:
         self._step_time_file = step_time_file(config, built)
         open_guide = self._models.online.grammars.open
         self._core = build_core(config, built, slabs=None if offline is None else (), open_guide=open_guide)
+        self._backlog = Backlog(config, partial(self._core.scheduler.num_running, Tenant.ONLINE))
         self.timeline = Timeline(self._core.scheduler.clock)
         self._loop = EngineLoop(self._core, self._deliver, self._died)
         self._core.interrupted = self._loop.online_at_the_door
@@ -251,6 +251,8 @@ class Engine:
         if params.bad_words:
             params = replace(params, bad_tokens=(*params.bad_tokens, *_cut(params.bad_words, served.tokenizer)))
         tokens = _encode(prompt, served)
+        if tenant is Tenant.ONLINE:
+            self._backlog.check_prompt(len(tokens))
         return self._start(tokens, params, served, tenant, request_id, priority, cache_salt)
 
     def submit_chat(
@@ -398,9 +400,8 @@ class Engine:
             raise self._dead
         if self._draining:
             raise ShuttingDown("the engine is shutting down and takes no new requests", retry_after=30)
-        waiting = self._num_online - self._core.scheduler.num_running(Tenant.ONLINE)
-        if tenant is Tenant.ONLINE and waiting >= self.config.max_num_queued_reqs:
-            raise Overloaded(f"{self.config.max_num_queued_reqs} requests are waiting already; try again later")
+        if tenant is Tenant.ONLINE:
+            self._backlog.check()
 
     def _start(
         self,
@@ -434,6 +435,7 @@ class Engine:
             abort=abort,
         )
         names = tuple(f"{key}.{index}" for index in range(params.n))
+        generation.has_started = lambda: any(map(self._core.scheduler.has_started, names))
         if tenant is Tenant.ONLINE:
             arrival = _arrival.get()
             if arrival is not None:
@@ -442,7 +444,8 @@ class Engine:
             self._arrive(generation, generation.cost)
         with self._lock:
             self._live[key] = generation
-            self._num_online += params.n * (tenant is Tenant.ONLINE)
+        if tenant is Tenant.ONLINE:
+            self._backlog.add(key, params.n, len(tokens))
         try:
             for index in range(params.n):
                 one = replace(params, seed=seed).for_choice(index)
@@ -492,9 +495,9 @@ class Engine:
         """The generation has ended."""
         with self._lock:
             generation = self._live.pop(key, None)
-            if generation is None or generation.tenant is not Tenant.ONLINE:
-                return
-            self._num_online -= generation.params.n
+        if generation is None or generation.tenant is not Tenant.ONLINE:
+            return
+        self._backlog.gone(key)
         if self._sharing is not None:
             names = tuple(f"{key}.{index}" for index in range(generation.params.n))
             self._sharing.finish(id(generation), generation.cost, names)
@@ -534,6 +537,8 @@ class Engine:
                 logger.exception("request %s: its output could not be turned into text", generation.request_id)
                 failed = TokenOut(id=out.id, finish_reason=FinishReason.ERROR, error="its output could not be turned into text")
                 waiter = generation.push(int(index), failed)
+            if out.token is not None:
+                self._backlog.begun(key)
             if generation.finished:
                 self._forget(key)
             if waiter is not None:
@@ -584,17 +589,3 @@ def _stats_of(worker: Report) -> TenantStats:
         counters=worker.counters,
         host=worker.host,
     )
-
-
-def _only(built: BuiltModel, config: EngineConfig, tokenizer: Tokenizer | None) -> ServedModels:
-    """A model that the caller built: for tests and benchmarks with a runner of their own."""
-    page = config.page_size
-    memory = Memory(built.num_slabs, 1)
-    length = min(config.max_model_len or built.spec.max_position, built.num_slabs * built.pages_per_slab * page)
-    names = config.served_model_name or (built.path.name,)
-    card = ModelCard(
-        id=names[0], aliases=names[1:], tenant=Tenant.ONLINE, max_model_len=length, vocab_size=built.spec.vocab_size, created=0
-    )
-    words = tokenizer or load_tokenizer(built.path)
-    grammars = Grammars(lambda: words, built.spec.vocab_size, built.spec.eos_ids)
-    return ServedModels(Served(card, built.path, config, words, grammars), None, memory)

@@ -187,6 +187,7 @@ class Generation:
         self._num_preemptions = 0
         self.times = Times(submitted=_clock.now())
         self._dead: EngineDead | None = None
+        self.has_started: Callable[[], bool] = lambda: False  # whether the engine has admitted some of it
         self.cost = Cost()  # what colocation cost an online request
         self.counted = False  # somebody else enters the cost in the ledger, for several generations perhaps
 
@@ -195,6 +196,11 @@ class Generation:
     @property
     def finished(self) -> bool:
         return not self._unfinished or self._dead is not None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether its turn has not come yet."""
+        return not self.finished and self.times.first is None and not self.has_started()
 
     @property
     def num_preemptions(self) -> int:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.build import Memory, max_model_len, pages_in, plan_memory
+from engine.build import BuiltModel, Memory, max_model_len, pages_in, plan_memory
 from engine.config import EngineConfig
 from engine.demo import DEMO_NAMES, resolve_model
 from engine.errors import InvalidCheckpoint, InvalidConfig
-from engine.grammar import Grammars
+from engine.grammar import Grammars, load_tokenizer
 from engine.memory.reserve import kept_slabs, make_reserve
 from engine.spec import ModelSpec, load_spec
 from engine.types import ModelCard, Tenant
@@ -86,6 +86,19 @@ def open_models(config: EngineConfig, *, progress: bool, tokenizer: Tokenizer | 
         config = replace(config, max_model_len=max_model_len(config, spec, pages))
     online = serve(config, path, spec, memory, names=names, tokenizer=tokenizer)
     return ServedModels(online, _serve_offline(offline_config, online, *other, memory), memory)
+
+
+def serve_built(built: BuiltModel, config: EngineConfig, tokenizer: Tokenizer | None) -> ServedModels:
+    """A model that the caller built: for tests and benchmarks with a runner of their own."""
+    page = config.page_size
+    length = min(config.max_model_len or built.spec.max_position, built.num_slabs * built.pages_per_slab * page)
+    names = config.served_model_name or (built.path.name,)
+    card = ModelCard(
+        id=names[0], aliases=names[1:], tenant=Tenant.ONLINE, max_model_len=length, vocab_size=built.spec.vocab_size, created=0
+    )
+    words = tokenizer or load_tokenizer(built.path)
+    grammars = Grammars(lambda: words, built.spec.vocab_size, built.spec.eos_ids)
+    return ServedModels(Served(card, built.path, config, words, grammars), None, Memory(built.num_slabs, 1))
 
 
 def serve(

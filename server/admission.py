@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from engine.openai import Answer, error_answer, error_body
 from engine.types import Tenant
 from server.clients import Client
 from server.config import ServerConfig
+
+_LONGEST_RETRY = 30.0  # seconds; who has waited long is not sent away for longer
 
 
 class Refused(Exception):
@@ -75,9 +77,9 @@ class InFlight:
         check_tenant(client, tenant)
         most = client.max_inflight or self._per_key
         if most and self._clients[client.name] >= most:
-            raise _full(f"this key has {most} requests in flight already", "rate_limit_exceeded")
+            raise full(f"this key has {most} requests in flight already", "rate_limit_exceeded")
         if tenant is Tenant.OFFLINE and self._flex and self._tenants[tenant] >= self._flex:
-            raise _full(f"{self._flex} flex requests are in flight already", "resource_unavailable")
+            raise full(f"{self._flex} flex requests are in flight already", "resource_unavailable")
         tokens = self._rate(self._tokens, client.name, client.tokens_per_minute)
         self._check_rate(tokens, f"this key may use {client.tokens_per_minute} tokens a minute")
         self.count(client)
@@ -111,7 +113,7 @@ class InFlight:
 
     def _check_rate(self, rate: Rate | None, message: str) -> None:
         if rate is not None and (seconds := rate.wait(1.0, self._clock())):
-            raise _full(message, "rate_limit_exceeded", seconds)
+            raise full(message, "rate_limit_exceeded", seconds)
 
 
 def check_tenant(client: Client, tenant: Tenant) -> None:
@@ -122,7 +124,8 @@ def check_tenant(client: Client, tenant: Tenant) -> None:
         raise Refused(Answer(403, error_body(message, "permission_error", "tenant_not_allowed")))
 
 
-def _full(message: str, code: str, retry_after: float = 1.0) -> Refused:
+def full(message: str, code: str, retry_after: float = 1.0) -> Refused:
+    """A client's share is in use: 429, and when to come back."""
     answer = error_answer(Overloaded(message, retry_after=retry_after), Tenant.OFFLINE)
     answer.body["error"]["code"] = code
     return Refused(answer)
@@ -207,6 +210,31 @@ class _TooMany(asyncio.Protocol):
         )
         transport.write(head.encode() + body)
         transport.close()
+
+
+@contextlib.asynccontextmanager
+async def patience(seconds: float, waits: Callable[[], bool]) -> AsyncIterator[None]:
+    """End what goes on in the block if after `seconds` it still `waits` for its turn. Raises Overloaded then."""
+    task, given_up = asyncio.current_task(), False
+    assert task is not None
+
+    def look() -> None:
+        nonlocal given_up
+        if waits():
+            given_up = True
+            task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, look) if seconds else None
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not given_up or task.uncancel():  # its client left as well
+            raise
+        message = f"the request waited for {seconds:g} s and its turn did not come; try again later"
+        raise Overloaded(message, retry_after=min(seconds, _LONGEST_RETRY)) from None
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def clamp_priority(priority: int, config: ServerConfig) -> int:

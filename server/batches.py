@@ -18,10 +18,10 @@ from engine.errors import InvalidRequest
 from engine.openai import CHAT, COMPLETIONS
 from engine.replies import Json
 from engine.types import Tenant
-from server.admission import check_tenant, clamp_priority
+from server.admission import check_tenant, clamp_priority, full
 from server.files import PURPOSE, find, full_disk, jobs_of, life, list_body, page_size, refused
 from server.http import json_response, read_json
-from server.jobs import JobView
+from server.jobs import JobView, Share, ShareUsed
 from server.jobs_store import BATCH_ID, BatchRecord, new_id
 from server.service import CLIENT, SERVICE
 
@@ -70,10 +70,19 @@ async def create(request: web.Request) -> web.StreamResponse:
             f"{file.id} has {file.lines} lines, at most {service.config.max_batch_lines} are taken; split it",
             param="input_file_id",
         )
+    client = request[CLIENT]
+    share = Share(
+        client.max_batches or service.config.max_batches_per_key,
+        client.max_queued_lines or service.config.max_queued_lines_per_key,
+    )
+    if share.lines and file.lines > share.lines:
+        raise InvalidRequest(
+            f"{file.id} has {file.lines} lines, and this key may have {share.lines} at a time; split it", param="input_file_id"
+        )
     metadata, now = wanted.metadata or {}, int(jobs.now())
     record = BatchRecord(
         id=new_id("batch_"),
-        owner=request[CLIENT].name,
+        owner=client.name,
         endpoint=wanted.endpoint,
         input_file_id=file.id,
         output_id=new_id("file-"),
@@ -84,12 +93,15 @@ async def create(request: web.Request) -> web.StreamResponse:
         metadata=wanted.metadata,
         output_seconds=output_seconds,
         priority=clamp_priority(_priority(wanted.priority, metadata), service.config),
+        lines=file.lines,
         skip_bad_lines=_skip_bad_lines(wanted.on_bad_line or metadata.get("on_bad_line")),
     )
-    service.in_flight.count(request[CLIENT])  # one request, whatever its lines: those have the time that others leave
+    service.in_flight.count(client)  # one request, whatever its lines: those have the time that others leave
     try:
         with full_disk():
-            record = await jobs.create(record)
+            record = await jobs.create(record, share)
+    except ShareUsed as error:
+        raise full(str(error), "rate_limit_exceeded", error.retry_after) from None
     except KeyError:
         raise refused(404, f"no file {file.id!r}", "not_found", "input_file_id") from None
     return json_response(batch_body(*jobs.current(record)))

@@ -8,6 +8,8 @@ Keys are kept as SHA-256 digests only. A clients file (`--api-keys-file`) is YAM
       max_inflight: 8              # the rest: 0 or absent means no limit
       requests_per_minute: 600
       tokens_per_minute: 200000    # prompt and output
+      max_batches: 4               # unfinished ones
+      max_queued_lines: 50000      # of these, without an answer
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 from engine.errors import InvalidConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_LIMITS = ("max_inflight", "requests_per_minute", "tokens_per_minute")
+_LIMITS = ("max_inflight", "requests_per_minute", "tokens_per_minute", "max_batches", "max_queued_lines")
 _FIELDS = {"name", "key", "sha256", "tenants", *_LIMITS}
 RESERVED = ("-", "admin")  # anybody, where there are no keys; the owner of the admin key
 BOTH = frozenset({"online", "offline"})  # values of engine.types.Tenant
@@ -38,6 +40,8 @@ class Client:
     max_inflight: int = 0
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
+    max_batches: int = 0
+    max_queued_lines: int = 0
 
 
 def digest_of(key: str) -> bytes:

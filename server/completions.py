@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
 from aiohttp import web
@@ -15,7 +16,7 @@ from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish,
 from engine.replies import Chunks, cost_body
 from engine.timeline import Served, StepHistogram, Timeline
 from engine.types import Delta, FinishReason, Tenant
-from server.admission import Place, Refused, clamp_priority
+from server.admission import Place, Refused, clamp_priority, patience
 from server.http import json_response, read_json
 from server.metrics import Metrics
 from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
@@ -83,8 +84,19 @@ def _cost_header(job: Job) -> dict[str, str]:
     return {COST_HEADER: ";".join(f"{name}={value}" for name, value in cost_body(job.cost).items())}
 
 
+def _patience(service: Service, job: Job) -> AbstractAsyncContextManager[None]:
+    """Offline requests may wait: that is what they are for."""
+    seconds = service.config.max_queue_time if job.tenant is Tenant.ONLINE else 0.0
+    return patience(seconds, lambda: all(generation.waiting for generation in job.generations))
+
+
 async def _unary(request: web.Request, service: Service, job: Job, watch: Watch) -> web.StreamResponse:
-    body = await finish(job)
+    try:
+        async with _patience(service, job):
+            body = await finish(job)
+    except Overloaded as error:
+        watch.failed()
+        raise Refused(error_answer(error)) from None
     for choice in body["choices"]:
         watch.finished("stop" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"])
     watch.end()
@@ -111,7 +123,8 @@ async def _stream(request: web.Request, service: Service, job: Job, watch: Watch
 async def _to_the_end(events: EventStream, request: web.Request, service: Service, job: Job, watch: Watch) -> None:
     """Everything that the stream has to tell, of an error too, and its end."""
     try:
-        await _send_all(events, job, watch)
+        async with _patience(service, job):
+            await _send_all(events, job, watch)
     except (SlowReader, ConnectionError):
         raise
     except Exception as error:  # the status is sent already: the stream itself has to tell
@@ -125,7 +138,7 @@ async def _to_the_end(events: EventStream, request: web.Request, service: Servic
 async def _tell_error(events: EventStream, request: web.Request, service: Service, error: Exception) -> None:
     body = error_answer(error).body
     service.metrics.stream_errors.labels(body["error"]["code"]).inc()
-    if not isinstance(error, RequestFailed | EngineDead):
+    if not isinstance(error, RequestFailed | EngineDead | Overloaded):
         log.exception("request %s failed in its stream", request[REQUEST_ID])
     await events.send(body)
 

@@ -54,6 +54,9 @@ class ServerConfig:
     max_connections: int = _knob(1024, "most open connections; more are answered 503 and closed")
     max_inflight_per_key: int = _knob(0, "most requests in flight for one key; 0: no limit")
     max_inflight_flex: int = _knob(1024, "most `service_tier: flex` requests in flight; 0: no limit")
+    max_queue_time: float = _knob(
+        0.0, "an online request whose turn does not come within this is answered 503; 0: it waits as long as its client does"
+    )
     max_body_size: int = _knob(32 * 2**20, "largest request body")
     max_body_memory: int = _knob(256 * 2**20, "most bytes of request bodies being read at once; more are answered 503")
     header_timeout: float = _knob(10.0, "a new connection must have sent its first request's headers by then")
@@ -73,6 +76,8 @@ class ServerConfig:
     data_quota: int = _knob(0, "most bytes of stored files; 0: no limit")
     max_file_size: int = _knob(200 * 2**20, "largest file taken")
     max_batches: int = _knob(1000, "most unfinished batches")
+    max_batches_per_key: int = _knob(0, "most unfinished batches of one key; 0: no limit")
+    max_queued_lines_per_key: int = _knob(0, "most lines without an answer in one key's unfinished batches; 0: no limit")
     max_batch_lines: int = _knob(100_000, "most lines of a batch")
     max_line_bytes: int = _knob(2**20, "longest line of a batch")
     max_inflight: int = _knob(0, "most lines of all batches in flight; 0: twice --max-num-seqs")

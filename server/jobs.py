@@ -8,6 +8,7 @@ order (`server.jobs_plan`); the first few have their files open and share what m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.config import state_dir
-from engine.errors import InvalidConfig
+from engine.errors import InvalidConfig, Overloaded
 from engine.joblines import MAX_LINE_BYTES, JobLine
 from engine.jobrun import EngineBackend, Harvest, Slots
 from engine.types import Tenant
 from server.config import ServerConfig
+from server.jobs_clock import WallClock
 from server.jobs_life import Life, Shared, Totals
 from server.jobs_plan import Load, Place, Rate, plan
 from server.jobs_store import BatchRecord, Store, StoreFull
@@ -42,6 +44,7 @@ _SWEEP_SECONDS = 60.0
 _POLITE_SECONDS = 0.005  # between a few lines read while people are being answered: reading takes the interpreter from them
 _CLOSE_SECONDS = 5.0
 _NUM_ENDED = 16  # ended jobs still shown
+_RETRY_SECONDS = (1.0, 30.0, 600.0)  # after which a client may find its share free: at least, if nothing is known, at most
 
 T = TypeVar("T")
 
@@ -75,14 +78,16 @@ class JobView:
         return self.done / self.total if self.total else 0.0
 
 
-class WallClock:
-    """Unix seconds that follow the monotonic clock from the start of the process: they never jump."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much of one owner may be unfinished at a time. 0: no limit."""
 
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
+    batches: int = 0
+    lines: int = 0
 
-    def __call__(self) -> float:
-        return self._offset + time.monotonic()
+
+class ShareUsed(Overloaded):
+    """The owner's share is in use: nothing was accepted."""
 
 
 class Jobs:
@@ -96,12 +101,12 @@ class Jobs:
         max_line_bytes: int = MAX_LINE_BYTES,
         max_batches: int = 1000,
         min_priority: int = 0,
-        now: Callable[[], float] | None = None,
+        clock: WallClock | None = None,
         tick: float = TICK_SECONDS,
     ) -> None:
         """`max_inflight` 0: twice what the engine runs at once. `min_priority`: the most urgent a line may ask to be."""
         self.store = store
-        self.now = now or WallClock()
+        self.now = clock or WallClock(store.known_clock())
         self.max_line_bytes = max_line_bytes
         self.totals = Totals()
         self._max_inflight = max_inflight
@@ -119,10 +124,16 @@ class Jobs:
         self._rate = Rate()  # tokens per second of all jobs
         self._seen: Harvest | None = None
         self._ticked, self._saved, self._swept = time.monotonic(), 0.0, 0.0
+        try:
+            self._follow_clock()
+            store.set_clock(self.now.known)
+        except StoreFull as error:
+            log.warning("%s", error)
         if strays := store.sweep():
             log.info("removed %d files that nothing speaks of", strays)
         self._loop = asyncio.new_event_loop()
         self._poked = asyncio.Event()
+        self._creating = asyncio.Lock()
         self._begun = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._thread.start()
@@ -164,9 +175,9 @@ class Jobs:
         """Whether the server is leaving."""
         return self._closing
 
-    async def create(self, record: BatchRecord) -> BatchRecord:
-        """Accept a batch. Raises StoreFull, Overloaded, or KeyError if its input is gone."""
-        return await self._ask(self._create(record))
+    async def create(self, record: BatchRecord, share: Share) -> BatchRecord:
+        """Accept a batch, within its owner's share. Raises StoreFull, ShareUsed, Overloaded; KeyError if its input is gone."""
+        return await self._ask(self._create(record, share))
 
     async def cancel(self, batch_id: str) -> BatchRecord | None:
         """Cancel an unfinished batch; None if it has ended. Raises StoreFull."""
@@ -195,7 +206,10 @@ class Jobs:
         self.store.close()
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(question, self._loop))
+        """Whoever asks may be cancelled, say because its client left: what has begun is done to its end all the same."""
+        answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(question, self._loop))
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # there may be nobody left to hear it
+        return await asyncio.shield(answer)
 
     # -- in the jobs' event loop
 
@@ -252,11 +266,27 @@ class Jobs:
             life.look()
         self._poked.set()
 
-    async def _create(self, record: BatchRecord) -> BatchRecord:
-        await asyncio.to_thread(self.store.add_batch, record, self._max_batches)
-        self._begin(record)
+    async def _create(self, record: BatchRecord, share: Share) -> BatchRecord:
+        async with self._creating:  # so that two at once do not both see room for one
+            self._check_share(record, share)
+            await asyncio.to_thread(self.store.add_batch, record, self._max_batches)
+            self._begin(record)
         self._poked.set()
         return record
+
+    def _check_share(self, record: BatchRecord, share: Share) -> None:
+        mine = [life for life in self._lives.values() if life.record.owner == record.owner]
+        least, unknown, most = _RETRY_SECONDS
+        ids = {life.record.id for life in mine}
+        eta = min((view.eta_s for view in self._views if view.id in ids and view.eta_s is not None), default=unknown)
+        retry_after = min(max(eta, least), most)
+        if share.batches and len(mine) >= share.batches:
+            message = f"this key has {len(mine)} unfinished batches already; cancel one or wait"
+            raise ShareUsed(message, retry_after=retry_after)
+        lines = sum(life.lines_left for life in mine)
+        if share.lines and lines + record.lines > share.lines:
+            message = f"{lines} lines of this key wait already, and {record.lines} more would exceed {share.lines}; wait"
+            raise ShareUsed(message, retry_after=retry_after)
 
     async def _change(self, batch_id: str, change: Callable[[Life], Coroutine[Any, Any, BatchRecord]]) -> BatchRecord | None:
         life = self._lives.get(batch_id)
@@ -273,6 +303,9 @@ class Jobs:
 
     async def _tick(self) -> None:
         """Look at the clock and at what was done, and put the jobs in order."""
+        if jump := await asyncio.to_thread(self._follow_clock):
+            for life in self._lives.values():
+                life.moved(jump)
         now, at = self.now(), time.monotonic()
         seconds, self._ticked = at - self._ticked, at
         for life in self._lives.values():
@@ -295,10 +328,20 @@ class Jobs:
             self._saved = at
             for life in list(self._lives.values()):
                 await life.save_progress()
+            if self._lives:
+                await asyncio.to_thread(self.store.set_clock, self.now.known)
         if at - self._swept >= _SWEEP_SECONDS:
             self._swept = at
             for file_id in await asyncio.to_thread(self.store.expired_files, now):
                 await asyncio.to_thread(self.store.delete_file, file_id)
+
+    def _follow_clock(self) -> float:
+        """If somebody set the system's clock, all stored times move along, so that windows keep their length. By how much."""
+        if jump := self.now.jump():
+            self.store.move_times(jump, self.now.after(jump))
+            self.now.follow(jump)
+            log.warning("the system's clock was set by %+.0f s; what is left of batches' windows and files' lives stays", jump)
+        return jump
 
     def _observe(self, seconds: float) -> None:
         """What was done since the last look, by whom, and what it took."""
@@ -349,6 +392,8 @@ class Jobs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(StoreFull):
+            await asyncio.to_thread(self.store.set_clock, self.now.known)
 
 
 def open_jobs(config: ServerConfig) -> Jobs | None:

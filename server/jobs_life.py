@@ -117,6 +117,11 @@ class Life:
         return (self.record.total - done) * tokens_per_line(done, self.usage.total_tokens, self.record.estimate)
 
     @property
+    def lines_left(self) -> int:
+        """Lines without an answer; before they are validated, all of the file's."""
+        return max(0, (self.record.total or self.record.lines) - sum(self.counts))
+
+    @property
     def in_flight(self) -> int:
         return 0 if self.run is None else self.run.in_flight
 
@@ -150,6 +155,10 @@ class Life:
     def look(self) -> None:
         """Something that it may be waiting for has changed."""
         self._changed.set()
+
+    def moved(self, seconds: float) -> None:
+        """The clock was set; the store knows already."""
+        self.record = self.record.moved(seconds)
 
     async def cancel(self) -> BatchRecord:
         """Raises StoreFull: then it was not cancelled."""

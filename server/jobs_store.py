@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 import msgspec
 
 from engine.errors import InvalidConfig, Overloaded, SluiceError
+from server.jobs_clock import Known
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
@@ -34,6 +35,8 @@ CREATE TABLE IF NOT EXISTS files (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT
     purpose TEXT NOT NULL, bytes INTEGER NOT NULL, expires_at INTEGER, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
     active INTEGER NOT NULL, input TEXT NOT NULL, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY CHECK (id = 1), boot TEXT NOT NULL, offset REAL NOT NULL,
+    at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS batches_active ON batches (active, input);
 """
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -65,6 +68,10 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int | None = None
     sha256: str = ""
     lines: int = 0
+
+    def moved(self, seconds: float) -> FileRecord:
+        """The same by a clock that was set by so much."""
+        return _moved(self, ("created_at", "expires_at"), seconds)
 
 
 class LineError(msgspec.Struct, frozen=True):
@@ -110,6 +117,7 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     skip_bad_lines: bool = False
     paused: bool = False
+    lines: int = 0  # of its input file, blank ones included
     total: int = 0
     completed: int = 0
     failed: int = 0
@@ -130,6 +138,16 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ended(self) -> bool:
         return self.status in ("completed", "failed", "expired", "cancelled")
+
+    def moved(self, seconds: float) -> BatchRecord:
+        """The same by a clock that was set by so much."""
+        names = ("created_at", "in_progress_at", "expires_at", "finalizing_at", "cancelling_at")  # others end it
+        return _moved(self, names, seconds)
+
+
+def _moved(record: Rec, names: Iterable[str], seconds: float) -> Rec:
+    old = {name: value for name in names if (value := getattr(record, name)) is not None}
+    return msgspec.structs.replace(record, **{name: round(value + seconds) for name, value in old.items()})
 
 
 def new_id(prefix: str) -> str:
@@ -357,7 +375,36 @@ class Store:
         rows = self._query("SELECT record FROM batches WHERE active ORDER BY seq")
         return [msgspec.json.decode(row[0], type=BatchRecord) for row in rows]
 
+    # -- time
+
+    def known_clock(self) -> Known | None:
+        """What the stored times were written by."""
+        rows = self._query("SELECT boot, offset, at FROM clock")
+        return Known(*rows[0]) if rows else None
+
+    def set_clock(self, known: Known) -> None:
+        """From now on times are written by this."""
+        with self._transaction() as db:
+            self._set_clock(db, known)
+
+    def move_times(self, seconds: float, known: Known) -> None:
+        """Add to the times that something waits for: those of unfinished batches, and the ends of files."""
+        with self._transaction() as db:
+            for (blob,) in db.execute("SELECT record FROM batches WHERE active").fetchall():
+                batch = msgspec.json.decode(blob, type=BatchRecord).moved(seconds)
+                db.execute("UPDATE batches SET record = ? WHERE id = ?", (msgspec.json.encode(batch), batch.id))
+            for (blob,) in db.execute("SELECT record FROM files WHERE expires_at IS NOT NULL").fetchall():
+                file = msgspec.json.decode(blob, type=FileRecord).moved(seconds)
+                values = (file.expires_at, msgspec.json.encode(file), file.id)
+                db.execute("UPDATE files SET expires_at = ?, record = ? WHERE id = ?", values)
+            self._set_clock(db, known)
+
     # -- inside
+
+    @staticmethod
+    def _set_clock(db: sqlite3.Connection, known: Known) -> None:
+        values = (known.boot, known.offset, known.at)
+        db.execute("INSERT OR REPLACE INTO clock (id, boot, offset, at) VALUES (1, ?, ?, ?)", values)
 
     def _insert_file(self, db: sqlite3.Connection, record: FileRecord) -> None:
         values = (record.id, record.owner, record.purpose, record.bytes, record.expires_at, msgspec.json.encode(record))

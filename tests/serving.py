@@ -21,7 +21,7 @@ from engine.tokenizer import Tokenizer
 from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
-from server.jobs import open_jobs
+from server.jobs import Jobs, open_jobs
 from server.listen import bind
 from server.service import Service
 
@@ -108,10 +108,10 @@ def parse_events(text: str) -> list[Any]:
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: Engine | None, **options: Any) -> AsyncIterator[Server]:
-    """Serve `engine` with the server options given; files and batches only with a `data_dir`."""
+async def serving(engine: Engine | None, *, jobs: Jobs | None = None, **options: Any) -> AsyncIterator[Server]:
+    """Serve `engine` with the server options given; files and batches only with a `data_dir`, or with `jobs`."""
     config = ServerConfig(**{"data_dir": "none", "port": 0} | options)
-    batches = open_jobs(config)
+    batches = jobs or open_jobs(config)
     service = Service(config, engine, batches)
     runner = web.AppRunner(app_of(service), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()

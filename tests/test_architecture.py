@@ -38,7 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.model", "engine.weights", "engine.sched"),
     ("engine.forward", "engine.runner", "engine.fake", "engine.timeline"),
     ("engine.core", "engine.colocate.arbiter", "engine.colocate.control", "engine.colocate.gate"),
-    ("engine.build", "engine.loop", "engine.doctor", "engine.colocate", "engine.served", "engine.generation", "engine.engine"),
+    (
+        *("engine.build", "engine.loop", "engine.doctor", "engine.colocate"),
+        *("engine.served", "engine.backlog", "engine.generation", "engine.engine"),
+    ),
     ("engine",),  # the package's own __init__: the public names
     (
         *("engine.wire", "engine.formats", "engine.tools", "engine.tool_calls"),
@@ -67,6 +70,7 @@ ENGINE_AS_SEEN_BY_SERVER = frozenset(
     {
         "engine",
         "engine.calls",
+        "engine.clock",
         "engine.colocate.exclusive",  # the type of its statistics
         "engine.config",
         "engine.engine",

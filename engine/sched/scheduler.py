@@ -134,6 +134,11 @@ class Scheduler:
         request = self._requests.get(request_id)
         return None if request is None else self._finish(request, FinishReason.ABORT)
 
+    def has_started(self, request_id: str) -> bool:
+        """Whether it was ever admitted and has not ended. Any thread may ask."""
+        request = self._requests.get(request_id)
+        return request is not None and request.started is not None
+
     def unfinished(self, tenant: Tenant) -> int:
         return len(self._running[tenant]) + len(self._waiting[tenant])
 
