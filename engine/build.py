@@ -262,9 +262,10 @@ def build_core(
     clock: Clock | None = None,
     open_guide: Callable[[Grammar], Guide] | None = None,
     step_time: StepTime | None = None,
+    control: SloControl | None = None,
 ) -> EngineCore:
     """A core whose scheduler has the given slabs of the model's KV memory to begin with (default: all), and knows this of the
-    times of steps (default: what an earlier run learned)."""
+    times of steps and, where such are shared, of their budget (default: what an earlier run learned)."""
     num_pages = built.num_slabs * built.pages_per_slab
     longest = max_model_len(config, built.spec, num_pages)
     slabs = range(built.num_slabs) if slabs is None else slabs
@@ -280,7 +281,9 @@ def build_core(
         host=None if built.copier is None else HostTier(built.copier.num_slots),
     )
     clock = clock or MonotonicClock()
-    control, modes = _make_control(config, clock)
+    if control is None and (control := make_control(config)) is not None:
+        control.load(slo_file(config, built))
+    modes = ModeChooser(clock.now()) if config.sharing == "auto" else None
     scheduler = Scheduler(
         kv,
         OnlineFirst() if control is None else SharedStep(_tpot(config), config.slo_increase, control, modes),
@@ -298,17 +301,16 @@ def build_core(
     core = EngineCore(scheduler, built.runner, copier=built.copier, ttft=_ttft(config))
     core.modes = modes
     if control is not None:
-        core.meter = OnlineMeter(control, scheduler.delays)
+        core.meter = OnlineMeter(control, scheduler.delays, scheduler.step_time, scheduler.max_num_batched_tokens)
     return core
 
 
-def _make_control(config: EngineConfig, clock: Clock) -> tuple[SloControl | None, ModeChooser | None]:
-    """What sizes shared steps, if there may be such, and what chooses between these and none, if that is left open."""
+def make_control(config: EngineConfig) -> SloControl | None:
+    """What sizes shared steps, if there may be such; it knows nothing yet."""
     if config.sharing == "exclusive":
-        return None, None
+        return None
     seconds = _ttft(config) if config.slo_metric.endswith("ttft") else _tpot(config)
-    control = SloControl(config.slo_metric, seconds=seconds, increase=config.slo_increase)
-    return control, ModeChooser(clock.now()) if config.sharing == "auto" else None
+    return SloControl(config.slo_metric, seconds=seconds, increase=config.slo_increase)
 
 
 def _ttft(config: EngineConfig) -> float | None:
@@ -323,6 +325,18 @@ def step_time_file(config: EngineConfig, built: BuiltModel) -> Path:
     """Where what was learned of step times is kept: one file per model, device, number format and number of threads."""
     facts = (built.spec, config.device, _dtype(config, built.spec), config.threads or os.cpu_count(), config.page_size)
     return cache_dir() / "step-time" / f"{built.path.name}-{blake2b(repr(facts).encode(), digest_size=6).hexdigest()}.json"
+
+
+def slo_file(config: EngineConfig, built: BuiltModel) -> Path:
+    """Where the scales are kept that met the targets of online requests: beside the step times."""
+    return step_time_file(config, built).with_suffix(".slo.json")
+
+
+def save_learned(config: EngineConfig, built: BuiltModel, core: EngineCore) -> None:
+    """Keep what a core learned of step times and of their budget for the next start. Raises OSError."""
+    core.scheduler.step_time.save(step_time_file(config, built))
+    if core.meter is not None:
+        core.meter.control.save(slo_file(config, built))
 
 
 def max_model_len(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:

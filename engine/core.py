@@ -172,13 +172,17 @@ class EngineCore:
         self.launch_ahead = runner.asynchronous if launch_ahead is None else launch_ahead
         self._ahead: _Launched | None = None
         self._failed_steps = 0
+        self._slack_left = False  # by the latest step, whose tokens go out before it is used
         self._carry = 0.0  # seconds that shared steps left over and no parked pass has used
 
     def submit(self, submit: Submit, arrival: float | None = None) -> None:
         """Take in a request, which arrived now or, by the scheduler's clock, earlier."""
         request = self.scheduler.add(submit, arrival)
-        if self.meter is not None and submit.tenant is Tenant.ONLINE:
-            self.meter.arrived(submit.id, request.arrival)
+        if submit.tenant is not Tenant.ONLINE:
+            return
+        self._slack_left = False
+        if self.meter is not None:
+            self.meter.arrived(submit.id, request.arrival, len(submit.prompt))
 
     def abort(self, request_id: str) -> list[TokenOut]:
         out = self.scheduler.abort(request_id)
@@ -201,6 +205,10 @@ class EngineCore:
 
     def _step(self) -> list[TokenOut]:
         self.sync()
+        if self._slack_left:
+            self._slack_left = False
+            if (used := self._use_slack()) is not None:
+                return used
         self._copy()
         self.stalled = False
         launched, self._ahead = self._ahead, None
@@ -209,9 +217,8 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if plan is not None:
             outs = self._run(plan, partial(self.runner.launch, plan, self._stop), 0, whole=True)
-            if plan.preemptible or self._ahead is not None or not self.scheduler.parked:
-                return outs
-            return outs + self._use_slack()
+            self._slack_left = not plan.preemptible and self._ahead is None and bool(self.scheduler.parked)
+            return outs
         parked = self.scheduler.parked.take()
         if parked is None:
             self._idle = True
@@ -223,8 +230,8 @@ class EngineCore:
         resume = partial(self.runner.resume, checkpoint, dropped, stop)
         return self._run(checkpoint.plan, resume, checkpoint.layer, whole=False)
 
-    def _use_slack(self) -> list[TokenOut]:
-        """Some layers of a parked pass in the time that a shared step left over.
+    def _use_slack(self) -> list[TokenOut] | None:
+        """Some layers of a parked pass in the time that a shared step left over; None if it is too little for one.
 
         What is too short for a layer is kept for the next step, so that steps are within their time on average and beyond it by
         no more than a layer.
@@ -232,12 +239,12 @@ class EngineCore:
         scheduler, now = self.scheduler, self.scheduler.clock.now
         checkpoint = scheduler.parked.next
         if checkpoint is None or scheduler.slack <= 0 or self.interrupted():
-            return []
+            return None
         layer_seconds = scheduler.step_time.predict(Load.of(checkpoint.plan.rows)) / self.runner.num_layers
         available = self._carry + scheduler.slack
         if available < layer_seconds:
             self._carry = available
-            return []
+            return None
         began = now()
 
         def stop(layer: int) -> bool:
@@ -260,6 +267,8 @@ class EngineCore:
             began = now()
             if self._copying.start_beside(self.interrupted, scheduler.copy_seconds):
                 scheduler.delays.ran(began, now(), 1.0)
+                if self.meter is not None:
+                    self.meter.ran((), began, now())
         if complete := self._copying.take_complete():
             self.sync()  # a slab may have been taken before it was copied
             for transfer, elapsed, blocked in complete:
@@ -299,6 +308,8 @@ class EngineCore:
         self.on_step(plan, result)
         now = self.scheduler.clock.now()
         self.scheduler.delays.ran(launched.began, now, offline_share(plan.rows, self.scheduler.step_time))
+        if self.meter is not None:
+            self.meter.ran(plan.rows, launched.began, now)
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
@@ -309,8 +320,7 @@ class EngineCore:
         self.sync()
         outs = self.scheduler.update(plan, result)
         if self.meter is not None:
-            for out in outs:
-                self.meter.saw(out, now)
+            self.meter.saw(outs, launched.began, now)
         self._forget_dead_step()
         return outs
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from engine.backlog import Backlog
-from engine.build import BuiltModel, build_core, load_model, step_time_file
+from engine.build import BuiltModel, build_core, load_model, save_learned
 from engine.config import EngineConfig
 from engine.core import StepStats
 from engine.errors import (
@@ -133,7 +133,7 @@ class Engine:
         self._draining = False
         self._dead: EngineDead | None = None
         offline = None if self._models.one_worker else self._models.offline
-        self._step_time_file = step_time_file(config, built)
+        self._loaded = config, built
         open_guide = self._models.online.grammars.open
         self._core = build_core(config, built, slabs=None if offline is None else (), open_guide=open_guide)
         self._backlog = Backlog(config, partial(self._core.scheduler.num_running, Tenant.ONLINE))
@@ -198,7 +198,7 @@ class Engine:
             if served is not None:
                 served.grammars.close()
         with suppress(OSError):
-            self._core.scheduler.step_time.save(self._step_time_file)
+            save_learned(*self._loaded, self._core)
         self._died(EngineDead("the engine was closed"))
 
     # -- what is served

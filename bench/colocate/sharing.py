@@ -1,8 +1,7 @@
 """One model for both tenants: `python -m bench.colocation --sharing [ablation|order|response|slo|modes]`.
 
-In one process, so that all arms run on the same loaded model: each window gets a core and a loop of its own, requests go in by
-`EngineLoop.put` when the trace says so, and tokens are timed where they leave the loop. Arms take turns, round after round.
-Tables are generators: they yield what they know after each window, so that a run that is cut short has said that much.
+All arms run in one process on the same loaded model (`rig`) and take turns, round after round. Tables are
+generators: they yield what they know after each window, so that a run that is cut short has said that much.
 """
 
 from __future__ import annotations
@@ -13,242 +12,26 @@ import random
 import shlex
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.colocate.equal import Unequal, gap, said
+from bench.colocate.equal import said
+from bench.colocate.rig import TRACES, Rig, Window, say, submit
 from bench.colocate.stats import quantile
-from bench.colocate.workload import Backlog, Cost, Planned, at_rate, choose_windows, fit_rate, plan, scale_lengths
+from bench.colocate.workload import Planned
 from bench.engine import machine
-from bench.latency_model import look
-from bench.traces import PromptMaker, generate_trace
-from engine.build import build_core, load_model
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.errors import EngineDead
 from engine.loop import EngineLoop
-from engine.sched.latency import Load, StepTime
 from engine.sched.plan import PlanRow, StepPlan
-from engine.sched.policies import Budget, Priority, make_policy
 from engine.sched.stopping import LAYER_BUCKETS
-from engine.sched.view import View
-from engine.types import SamplingParams, Submit, Tenant, TokenOut
+from engine.types import SamplingParams, Submit, Tenant
 
 WHAT = ("ablation", "order", "response", "slo", "modes")
 TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
-ALONE, PRIORITY, BUDGET, LAYERS, COPIES = "online only", "priority", "+ budget", "+ layer preemption", "+ host copies"
-TRACES = {"chat": (1.0, 48, 32), "code": (3.0, 128, 6)}  # burstiness of the gaps; median prompt and output tokens
-
-
-@dataclass(frozen=True)
-class Capped(Priority):
-    """Priority with a fixed number of offline tokens a step: what one sets by hand for want of a latency target."""
-
-    beside: int  # online rows
-    alone: int
-
-    @classmethod
-    def of(cls, text: str) -> Capped:
-        """From "8", or "8/64" where steps without online rows may hold more."""
-        beside, _, alone = text.partition("/")
-        return cls(int(beside), int(alone or beside))
-
-    def budget(self, view: View) -> Budget:
-        return replace(super().budget(view), offline=self.beside if view.unfinished(Tenant.ONLINE) else self.alone)
-
-
-@dataclass(slots=True)
-class Window:
-    """One arm's share of one round, raw. Times in seconds."""
-
-    arm: str
-    seconds: float = 0.0
-    ttft: list[float] = field(default_factory=list)
-    tpot: list[float] = field(default_factory=list)
-    offline_tokens: int = 0  # processed, prompts and outputs, those computed again not counted twice
-    recomputed: int = 0
-    responses: list[int] = field(default_factory=list)
-    scale: float = 1.0
-    mode: str = ""
-    asked: dict[str, Submit] = field(default_factory=dict)
-    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-class Traffic:
-    """One window on its way through a loop: online by the clock, offline kept at `depth` in flight."""
-
-    def __init__(self, core: EngineCore, requests: Sequence[Planned], backlog: Callable[[], Submit] | None, depth: int) -> None:
-        self._core, self._requests, self._next, self._depth = core, requests, backlog, depth
-        core.close = lambda: None  # type: ignore[method-assign]  # the model is needed again
-        self._sent: dict[str, float] = {}
-        self._first: dict[str, float] = {}
-        self._tokens: dict[str, list[int]] = {}
-        self._left = len(requests)
-        self._open = True
-        self._done = threading.Event()
-        self.window = Window("")
-        self.loop = EngineLoop(core, self._saw, self._died)
-
-    def _died(self, error: EngineDead) -> None:
-        self._done.set()
-        raise error
-
-    def run(self, warm: float, seconds: float) -> Window:
-        """Offline alone for `warm` seconds, then the window; returns when all online requests are over."""
-        for _ in range(self._depth if self._next is not None else 0):
-            self._put(self._next())  # type: ignore[misc]
-        time.sleep(warm)
-        counters = self._core.scheduler.counters[Tenant.OFFLINE]
-        before, recomputed = counters.computed_tokens, counters.recomputed_tokens
-        began = time.perf_counter()
-        for number, request in enumerate(self._requests):
-            time.sleep(max(0.0, began + request.arrival_s - time.perf_counter()))
-            name = f"on-{number}"
-            self._sent[name] = time.perf_counter()
-            self._put(submit(name, Tenant.ONLINE, request.prompt, request.output_tokens))
-        time.sleep(max(0.0, began + seconds - time.perf_counter()))
-        window = self.window
-        window.seconds = time.perf_counter() - began
-        window.recomputed = counters.recomputed_tokens - recomputed
-        window.offline_tokens = counters.computed_tokens - before - window.recomputed
-        self._open = False
-        if self._left:
-            self._done.wait(60)
-        self.loop.close()  # the counters below move no more
-        window.responses = list(self._core.stop_rule.responses.counts)
-        window.scale = self._core.meter.control.scale if self._core.meter else 1.0
-        window.mode = self._core.mode.value
-        window.outputs |= {name: tuple(tokens) for name, tokens in self._tokens.items() if name in window.outputs}
-        return window
-
-    def _saw(self, outs: list[TokenOut]) -> None:
-        now = time.perf_counter()
-        for out in outs:
-            tokens = self._tokens.setdefault(out.id, [])
-            if out.token is not None:
-                tokens.append(out.token)
-            online = out.id in self._sent
-            if online and out.id not in self._first:
-                self._first[out.id] = now
-                self.window.ttft.append(now - self._sent[out.id])
-            if out.finish_reason is None:
-                continue
-            self.window.outputs[out.id] = ()
-            if online:
-                if len(tokens) > 1:
-                    self.window.tpot.append((now - self._first[out.id]) / (len(tokens) - 1))
-                self._left -= 1
-                if not self._left:
-                    self._done.set()
-            elif self._open and self._next is not None:
-                self._put(self._next())
-
-    def _put(self, asked: Submit) -> None:
-        self.window.asked[asked.id] = asked
-        self.loop.put(asked)
-
-
-def submit(name: str, tenant: Tenant, prompt: Sequence[int], output: int) -> Submit:
-    """Every third request is sampled with a seed, the others are greedy."""
-    seed = hash(tuple(prompt)) % 1000
-    params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.8 if seed % 3 == 0 else 0.0, seed=seed)
-    return Submit(id=name, tenant=tenant, prompt=tuple(prompt), params=params, seed=seed)
-
-
-class Rig:
-    """The loaded model, its costs, and traffic fitted to it."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.config = EngineConfig(model=args.online_model, kv_cache_memory=args.sharing_kv_memory, host_kv_memory=1 << 30)
-        self.built = load_model(self.config)
-        self._used = False  # its window is mapped
-        self.error = 0.0  # of predicted step times, at the end of the latest window
-        self.prompts = PromptMaker(self.built.spec.vocab_size, args.seed)
-        self._pairs: dict[str, dict[str, tuple[int, ...]]] = {}
-        self.unequal: list[Unequal] = []
-        self.step_time = StepTime()  # not the user's: what it knows must not depend on what ran here before
-        self.core({})  # maps the window
-        say("learning step times")
-        options = (self.step_time, self.built, self.config.page_size, 60.0, 200, args.seed)
-        learner = threading.Thread(target=look, args=options)  # which ends: a second pool of compute threads slows the first
-        learner.start()
-        learner.join()
-        if not self.step_time.ready:
-            raise SystemExit("error: steps take too long here to learn anything of them; is the machine busy?")
-        self.cost = self._calibrate()
-
-    def core(self, options: dict[str, Any]) -> EngineCore:
-        """A core with these options of the engine; `policy`: a baseline by name, `cap`: priority with so many offline tokens a
-        step, `layers`: False stops no pass, `copies`."""
-        options = dict(options)
-        policy, layers, copies = options.pop("policy", None), options.pop("layers", True), options.pop("copies", False)
-        cap = options.pop("cap", None)
-        built = self.built if copies else replace(self.built, copier=None)
-        if self._used and built.window is not None:
-            for slab in range(built.num_slabs):
-                built.window.unmap(slab)
-        self._used = True
-        core = build_core(self.config.with_options(**options), built, step_time=self.step_time)
-        if policy is not None:
-            core.scheduler.policy = make_policy(policy)
-        if cap is not None:
-            core.scheduler.policy = Capped.of(cap)
-        core.interrupted = (lambda: False) if not layers else core.interrupted
-        return core
-
-    def run(
-        self, arm: str, options: dict[str, Any], requests: Sequence[Planned], *, warm: float = 1.5, seconds: float = 0.0,
-        offline: bool = True, key: str = "",
-    ) -> Window:  # fmt: skip
-        core = self.core(options)
-        made = Backlog(self.built.spec.vocab_size, 160, 32, self.args.seed + 1)
-        numbers = iter(range(1 << 30))
-
-        def more() -> Submit:
-            prompt, output = made.next()
-            return submit(f"off-{next(numbers)}", Tenant.OFFLINE, prompt, output)
-
-        traffic = Traffic(core, requests, more if offline else None, self.args.sharing_depth)
-        if options.get("layers", True):
-            core.interrupted, core.waiting = traffic.loop.online_at_the_door, traffic.loop.waiting
-        try:
-            window = traffic.run(warm, seconds)
-        finally:
-            traffic.loop.close()
-        window.arm = arm
-        self.error = self.step_time.error
-        self._compare(arm, key, window)
-        return window
-
-    def _compare(self, arm: str, key: str, window: Window) -> None:
-        """Whoever answered a request before must have answered the same."""
-        known = self._pairs.setdefault(key, {})
-        for name, tokens in window.outputs.items():
-            if (before := known.setdefault(name, tokens)) != tokens:
-                parted = gap(self.built, self.config.page_size, window.asked[name], (before, tokens))
-                self.unequal.append(Unequal(f"{arm} {key} {name}", parted))
-
-    def _calibrate(self) -> Cost:
-        """What an online request costs alone, from the model of step times."""
-        model = self.step_time
-        first, long = model.predict(Load().plus(0, 16)), model.predict(Load().plus(0, 272))
-        return Cost(first, max(0.0, (long - first) / 256), model.predict(Load().plus(64, 1)))
-
-    def windows(self, trace: str, load: float, seconds: float, count: int) -> list[list[Planned]]:
-        """Windows of a trace that keep online busy for this share of the time."""
-        burstiness, prompt, output = TRACES[trace]
-        made = generate_trace(
-            rate=1.0, seconds=1000.0, burstiness=burstiness, prompt_tokens=prompt, output_tokens=output, seed=self.args.seed
-        )
-        made = scale_lengths(made, 1.0, 1.0)
-        fitted = at_rate(made, fit_rate(made, self.cost, load, seconds, 8 * count))
-        return [plan(window, self.prompts) for window in choose_windows(fitted, self.cost, load, seconds, count)]
+ALONE, AGAIN = "online only", "online only, again"
+PRIORITY, BUDGET, LAYERS, COPIES = "priority", "+ budget", "+ layer preemption", "+ host copies"
 
 
 # -- tables
@@ -256,8 +39,8 @@ class Rig:
 
 def pooled(windows: Sequence[Window]) -> dict[str, float]:
     """All rounds of an arm together; milliseconds and tokens per second."""
-    ttft = [value for window in windows for value in window.ttft]
-    tpot = [value for window in windows for value in window.tpot]
+    ttft = [value for window in windows for value in window.ttft.values()]
+    tpot = [value for window in windows for value in window.tpot.values()]
     seconds = sum(window.seconds for window in windows)
     return {
         "requests": len(ttft),
@@ -275,7 +58,8 @@ def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str) -> Iterator[di
     pass `--sharing-limit`."""
     args, began = rig.args, time.perf_counter()
     windows: dict[str, list[Window]] = {arm: [] for arm in arms}
-    for number, requests in enumerate(rig.windows(trace, args.load, args.sharing_seconds, args.rounds)):
+    span = args.sharing_lead + args.sharing_seconds
+    for number, requests in enumerate(rig.windows(trace, args.load, span, args.rounds)):
         spent = time.perf_counter() - began
         if args.sharing_limit and number and spent * (number + 1) / number > args.sharing_limit / len(args.traces):
             say(f"{trace}: no time for round {number}")
@@ -285,7 +69,9 @@ def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str) -> Iterator[di
         for arm in names[shift:] + names[:shift]:
             options = dict(arms[arm])
             offline, key = options.pop("offline", True), f"{trace} {args.load} {number}"
-            window = rig.run(arm, options, requests, seconds=args.sharing_seconds, offline=offline, key=key)
+            window = rig.run(
+                arm, options, requests, lead=args.sharing_lead, seconds=args.sharing_seconds, offline=offline, key=key
+            )
             windows[arm].append(window)
             values = pooled([window])
             say(f"{trace} round {number} {arm}: TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, "
@@ -357,27 +143,59 @@ def modes(rig: Rig) -> Iterator[list[str]]:
 
 
 def slo(rig: Rig) -> Iterator[list[str]]:
-    """HyGen's table: increase wanted, increase got, and what offline has of it."""
+    """HyGen's table: increase wanted, increase got, and what offline has of it. Online only has two turns a round: what they
+    differ by is noise."""
     args = rig.args
     lines = ["## Tolerance and what it yields", ""]
     for trace in args.traces:
+        targets = [(metric, tolerance) for metric in args.metrics for tolerance in args.tolerances]
         arms: dict[str, dict[str, Any]] = {ALONE: {"offline": False}}
-        for metric in args.metrics:
-            for tolerance in args.tolerances:
-                arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
+        for number, (metric, tolerance) in enumerate(targets):
+            if number == (len(targets) + 1) // 2:
+                arms[AGAIN] = {"offline": False}
+            arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
         part: list[str] = []
         for found in rounds(rig, arms, trace):
-            part = [_loaded(trace, args), "", "| target | got | offline tok/s | scale at the end | requests |",
-                    "|---|--:|--:|--:|--:|"]  # fmt: skip
-            alone = pooled(found.get(ALONE, []))
-            for arm in [arm for arm in found if arm != ALONE]:
-                metric, values = arm.split()[0], pooled(found[arm])
-                scale = statistics.fmean(window.scale for window in found[arm])
-                got = values[metric] / alone[metric] - 1
-                part.append(f"| {arm} | {got:+.1%} | {values['offline']:.0f} | {scale:.2f} | {values['requests']:.0f} |")
-            part.append("")
+            part = [_loaded(trace, args), "", "| target | increase | its control believes | median of requests | "
+                    "offline tok/s | scale at the end | requests |", "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+            alone = [window for arm in (ALONE, AGAIN) for window in found.get(arm, [])]
+            part += [_increases(arm, windows, alone) for arm, windows in found.items() if arm not in (ALONE, AGAIN)]
+            part += ["", *(_noise(found[ALONE], found[AGAIN], args.metrics) if AGAIN in found else ()), ""]
             yield lines + part
         lines += part
+
+
+def _increases(arm: str, windows: Sequence[Window], alone: Sequence[Window]) -> str:
+    """An arm's row: its own metric, and how much slower the same request was in the median."""
+    metric = arm.split()[0]
+    values, base = pooled(windows), pooled(alone)
+    believed = statistics.fmean(window.believed for window in windows)
+    scale = statistics.fmean(window.scale for window in windows)
+    return (
+        f"| {arm} | {values[metric] / base[metric] - 1:+.1%} | {believed:+.1%} | {_median(metric, windows, alone):+.1%} | "
+        f"{values['offline']:.0f} | {scale:.2f} | {values['requests']:.0f} |"
+    )
+
+
+def _median(metric: str, windows: Sequence[Window], alone: Sequence[Window]) -> float:
+    """The median over requests of what each took beside offline work, above what it took alone."""
+    what = metric.split("-")[1]
+    ratios: list[float] = []
+    for window in windows:
+        took = getattr(window, what)
+        others = [getattr(other, what) for other in alone if other.key == window.key]
+        for name in took:
+            if before := [other[name] for other in others if name in other]:
+                ratios.append(took[name] / statistics.fmean(before) - 1)
+    return statistics.median(ratios) if ratios else math.nan
+
+
+def _noise(first: Sequence[Window], second: Sequence[Window], metrics: Sequence[str]) -> list[str]:
+    one, other = pooled(first), pooled(second)
+    said = [
+        f"{metric} {one[metric]:.1f} and {other[metric]:.1f} ms ({other[metric] / one[metric] - 1:+.1%})" for metric in metrics
+    ]
+    return [f"Online only, measured twice: {', '.join(said)}."]
 
 
 def order(rig: Rig) -> Iterator[list[str]]:
@@ -437,8 +255,8 @@ def response(rig: Rig) -> Iterator[list[str]]:
         "## Stopping an offline pass", "",
         f"{sum(counts.values())} passes stopped, by layers from the arrival to the stop: "
         + ", ".join(f"{bound}: {count}" for bound, count in counts.items())
-        + f" (of {rig.built.runner.num_layers}). TTFT p50 {1e3 * quantile(window.ttft, 0.5):.1f} ms, "
-        f"p99 {1e3 * quantile(window.ttft, 0.99):.1f} ms.",
+        + f" (of {rig.built.runner.num_layers}). TTFT p50 {1e3 * quantile([*window.ttft.values()], 0.5):.1f} ms, "
+        f"p99 {1e3 * quantile([*window.ttft.values()], 0.99):.1f} ms.",
         f"Looking between layers when nobody comes: {statistics.median(ratios) - 1:+.2%} of a step of 64 tokens "
         f"(median of {len(ratios)} pairs, quartiles {quantile(ratios, 0.25) - 1:+.2%} to {quantile(ratios, 0.75) - 1:+.2%}); "
         f"{looks * 1e6:.2f} us a look.", "",
@@ -496,6 +314,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES), help="for the table of tolerances")
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     group.add_argument("--sharing-seconds", type=float, default=12.0, help="of each window")
+    group.add_argument("--sharing-lead", type=float, default=0.0, help="seconds of traffic before each window, not counted")
     group.add_argument("--sharing-limit", type=float, help="seconds after which no round begins but the first of each trace")
     group.add_argument("--caps", nargs="+", default=["2", "4", "8", "4/64"],
         help="ablation: offline tokens a step, or beside online rows / without them, that priority is held to")  # fmt: skip
@@ -524,7 +343,7 @@ def main(args: argparse.Namespace) -> int:
     table = {"ablation": ablation, "order": order, "response": response, "slo": slo, "modes": modes}[args.sharing]
     folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join([args.sharing, *(args.traces if len(args.traces) == 1 else ())])
+    name = _name(args)
     text = ""
     try:
         for lines in table(rig):
@@ -534,6 +353,16 @@ def main(args: argparse.Namespace) -> int:
         say("interrupted: what follows is what was measured until then")
     print(text)
     return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of the file: the table, and the trace, the metric and the load where it is about one of them."""
+    parts = [args.sharing, *(args.traces if len(args.traces) == 1 else ())]
+    if args.sharing == "slo":
+        parts += args.metrics if len(args.metrics) == 1 else ()
+    if args.sharing in ("slo", "modes"):
+        parts.append(f"{100 * args.load:.0f}")
+    return "-".join(parts)
 
 
 def _about(rig: Rig) -> list[str]:
@@ -546,7 +375,3 @@ def _about(rig: Rig) -> list[str]:
 
 def _compared(rig: Rig) -> list[str]:
     return [said(sum(map(len, rig._pairs.values())), rig.unequal), ""]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -15,6 +15,8 @@ from engine.sched.slo import SloControl
 from engine.sched.view import View
 from engine.types import Request, RequestState, Tenant
 
+_LEAST_ALONE = 16  # tokens of a step of offline rows: fewer would hardly make it shorter
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -90,9 +92,14 @@ class SharedStep(OnlineFirst):
 
     def budget(self, view: View) -> Budget:
         busy = view.unfinished(Tenant.ONLINE) > 0
-        if (self._modes is not None and self._modes.look(view.now, busy) is Mode.EXCLUSIVE) or not busy:
-            return super().budget(view)
+        exclusive = self._modes is not None and self._modes.look(view.now, busy) is Mode.EXCLUSIVE
         scale = 1.0 if self._control is None else self._control.scale
+        if not busy and self._control is not None and self._control.what == "ttft":
+            # Whoever arrives waits for a layer of what runs then.
+            tokens = min(view.alone_tokens, max(_LEAST_ALONE, int(view.alone_tokens * scale)))
+            return Budget(tokens=tokens, offline=tokens)
+        if exclusive or not busy:
+            return super().budget(view)
         if self._tpot is not None:
             return Budget(view.max_tokens, view.max_tokens, seconds=self._tpot * scale, decode_only=view.parked)
         return Budget(view.max_tokens, view.max_tokens, increase=self._increase * scale, decode_only=view.parked)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.colocate.sharing import ALONE, LAYERS, PRIORITY, Capped, Window, _against, modes
+from bench.colocate.rig import Capped, Window
+from bench.colocate.sharing import ALONE, LAYERS, PRIORITY, _against, modes
 from engine.sched.view import View
 from engine.types import Tenant
 
@@ -43,7 +44,7 @@ class Rig:
 
     def __init__(self, rounds: int) -> None:
         self.args = argparse.Namespace(
-            traces=["chat"], load=0.5, sharing_seconds=1.0, sharing_limit=None, rounds=rounds, tolerance=0.2
+            traces=["chat"], load=0.5, sharing_seconds=1.0, sharing_lead=0.0, sharing_limit=None, rounds=rounds, tolerance=0.2
         )
         self.ran: list[str] = []
 
@@ -52,7 +53,7 @@ class Rig:
 
     def run(self, arm: str, *_: object, **__: object) -> Window:
         self.ran.append(arm)
-        return Window(arm, seconds=1.0, ttft=[0.1], tpot=[0.01], offline_tokens=10 * len(self.ran))
+        return Window(arm, seconds=1.0, ttft={"on-0": 0.1}, tpot={"on-0": 0.01}, offline_tokens=10 * len(self.ran))
 
 
 def test_every_window_is_told_and_every_arm_has_one_before_any_has_two() -> None:

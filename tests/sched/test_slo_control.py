@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from engine.core import EngineCore
 from engine.fake import FakeRunner, StepCost
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
+from engine.sched.alone import Alone
+from engine.sched.latency import Load, StepTime
 from engine.sched.modes import Mode, ModeChooser
 from engine.sched.policies import OnlineFirst, SharedStep
 from engine.sched.scheduler import Scheduler
@@ -53,7 +56,7 @@ def test_it_backs_off_at_once() -> None:
     run_plant(control, 0.2, 0.0, 3)
     assert control.scale <= before / 2
     run_plant(control, 0.2, 0.0, 9)
-    assert control.scale <= 0.3
+    assert control.scale <= 0.35
 
 
 def test_it_settles_without_swinging() -> None:
@@ -67,6 +70,86 @@ def test_a_target_that_cannot_be_met_leaves_next_to_nothing() -> None:
     control = SloControl("mean-tpot", seconds=0.005)
     run_plant(control, 0.1, 0.0, 200)
     assert control.scale < 0.05
+
+
+def test_requests_that_met_no_offline_work_do_not_raise_the_budget() -> None:
+    control = SloControl("mean-tpot", increase=0.05)
+    for _ in range(200):
+        control.observe(0.01, 0.01, delayed=False)
+    assert control.scale == 1.0
+    run_plant(control, 0.5, 0.0, 50)
+    low = control.scale
+    for _ in range(200):
+        control.observe(0.01, 0.01, delayed=False)
+    assert low < control.scale <= 1.0, "but one that lets nobody ride would never be questioned"
+
+
+def test_a_percentile_is_that_of_all_remembered_requests_not_of_those_since_the_last_change() -> None:
+    """One request in fifty is long, and only these get slower: the p99 is theirs, and the control holds it."""
+    control, rng = SloControl("p99-tpot", increase=0.1), random.Random(2)
+    late = []
+    for number in range(3000):
+        alone = 0.1 if rng.random() < 0.02 else 0.01
+        real = alone * (1 + 0.2 * control.scale) if alone > 0.05 else alone
+        control.observe(real, alone)
+        late += [real / alone - 1] if alone > 0.05 and number > 1000 else []
+    assert 0.05 < sum(late) / len(late) <= 0.1
+
+
+def test_the_scale_that_was_found_is_kept_for_the_next_start(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "scales.json"
+    found = SloControl("mean-tpot", increase=0.05)
+    run_plant(found, 0.2, 0.0, 200)
+    found.save(path)
+    SloControl("mean-ttft", seconds=0.2).save(path)
+    again = SloControl("mean-tpot", increase=0.05)
+    again.load(path)
+    assert again.scale == found.scale < 0.5
+    for stranger in (SloControl("mean-tpot", increase=0.1), SloControl("mean-tpot", seconds=0.05)):
+        stranger.load(path)
+        assert stranger.scale == 1.0, "another target"
+    for text in ("", "[]", '{"version": 1}', '{"version": 1, "scales": {"mean-tpot +0.05": "?"}}'):
+        path.write_text(text)
+        again.load(path)
+        assert again.scale == 1.0
+    again.save(path)
+    again.load(path)
+    assert again.scale == 1.0
+
+
+@pytest.mark.parametrize("metric", ["mean-ttft", "mean-tpot"])
+def test_what_requests_would_have_felt_alone_is_what_they_feel_alone(metric: str) -> None:
+    """Requests that queue and overlap, so that most of what they pay for offline rows is not in their own steps."""
+    lived, shared = (Live(metric, 0.5, beside=beside) for beside in (False, True))
+    alone, estimates = lived.run(), []
+    observe = shared.control.observe
+    shared.control.observe = lambda real, felt, delayed=True: (  # type: ignore[method-assign]
+        estimates.append((real, felt)), observe(real, felt, delayed))[1]  # fmt: skip
+    real = shared.run()
+    late = estimates[250 - (len(shared.took) - len(estimates)) :]
+    assert sum(felt for _, felt in late) / len(late) == pytest.approx(alone, rel=0.03)
+    assert sum(took for took, _ in late) / len(late) == pytest.approx(real, rel=0.03)
+    assert real > 1.15 * alone
+
+
+def test_whoever_ends_before_its_first_token_keeps_nobody_waiting() -> None:
+    step_time = StepTime()
+    for number in range(100):
+        step_time.observe(Load().plus(0, 1 + number % 7), 0.01)
+    alone = Alone(step_time, 64)
+    for number in range(3):
+        alone.arrived(str(number), 0.0, 10)
+    assert list(alone.catch_up(10.0)) == [], "nothing is known of what they computed"
+    alone.ended("0")
+    for name in ("1", "2", "2"):
+        alone.token(name, 0)
+    alone.ended("1")
+    found = [(felt.id, felt.what) for felt in alone.catch_up(10.0)]
+    assert found == [("1", "ttft"), ("2", "ttft")]
+    assert list(alone.catch_up(10.0)) == [], "who knows whether request 2 has a third token"
+    alone.token("2", 0)
+    alone.ended("2")
+    assert [(felt.id, felt.what) for felt in alone.catch_up(10.0)] == [("2", "tpot")]
 
 
 def test_delays_can_be_read_at_any_moment_of_the_latest_step() -> None:
@@ -104,13 +187,13 @@ class Live:
     def __init__(self, metric: str, tolerance: float, *, beside: bool) -> None:
         self.clock, self.metric, self.beside = ManualClock(), metric, beside
         runner = FakeRunner(page_size=16, cost=StepCost(20e-3, 1e-3, 0.0), clock=self.clock)
-        control = SloControl(metric, increase=tolerance)
+        self.control = control = SloControl(metric, increase=tolerance)
         self.scheduler = Scheduler(
             KVManager(PagePool(1, 4000), 16), SharedStep(increase=tolerance, control=control), self.clock,
             max_num_seqs=64, max_num_batched_tokens=128, max_model_len=2000,
         )  # fmt: skip
         self.core = EngineCore(self.scheduler, runner, interrupted=self.due)
-        self.core.meter = OnlineMeter(control, self.scheduler.delays)
+        self.core.meter = OnlineMeter(control, self.scheduler.delays, self.scheduler.step_time, 128)
         self.rng = random.Random(1)
         draw = self.rng.randrange
         self.arrivals = [(n * 0.25 + self.rng.uniform(0, 0.1), draw(4, 40), draw(5, 20)) for n in range(500)]
@@ -142,8 +225,8 @@ class Live:
             for out in self.core.step():
                 if out.id.isdecimal():
                     self.saw(out)
-        late = self.took[250:]
-        return sum(late) / len(late)
+        late = sorted(self.took[250:])
+        return sum(late) / len(late) if self.metric.startswith("mean") else late[-1 - len(late) // 100]
 
     def saw(self, out: TokenOut) -> None:
         at, _, output = self.arrivals[int(out.id)]
@@ -156,12 +239,12 @@ class Live:
             self.took.append((now - self.first[out.id]) / (output - 1))
 
 
-@pytest.mark.parametrize(("metric", "most"), [("mean-tpot", 1.2), ("mean-ttft", 1.6)])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("tolerance", [0.1, 0.3])
-def test_a_live_core_keeps_the_tolerance_and_uses_it(metric: str, most: float, tolerance: float) -> None:
-    """Slower requests overlap with more others, which the estimate of one alone cannot know; it shows most while they queue."""
+def test_a_live_core_keeps_the_tolerance_and_uses_it(metric: str, tolerance: float) -> None:
     alone, shared = (Live(metric, tolerance, beside=beside).run() for beside in (False, True))
-    assert tolerance * 0.3 <= shared / alone - 1 <= tolerance * most
+    assert shared / alone - 1 <= tolerance * 1.1
+    assert shared / alone - 1 >= tolerance * 0.3 or metric.startswith("p99"), "a tail is that of few requests"
 
 
 # -- modes
