@@ -5,18 +5,14 @@ The table is also the access list: a route is closed unless its row opens it, an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from aiohttp import web
 
 from server import admin, batches, completions, dashboard, files, openapi, tokens
 from server.auth import Access
-from server.config import ServerConfig
 from server.http import Handler, border, name_response
 from server.service import SERVICE, Service
-
-if TYPE_CHECKING:
-    from engine import Engine
 
 
 class Route(NamedTuple):
@@ -64,16 +60,11 @@ ROUTES = (
 _ACCESS = {(route.method, route.path): route.access for route in ROUTES}
 
 
-def make_app(engine: Engine | None = None, config: ServerConfig | None = None) -> web.Application:
-    """The application around `engine`, for tests and for embedding. Closing the engine stays the caller's business.
+def app_of(service: Service) -> web.Application:
+    """The application around a service whose engine may still be loading.
 
     Run it with `handler_cancellation=True`, or clients that leave go unnoticed until their answer is complete.
     """
-    return app_of(Service(config or ServerConfig(), engine))
-
-
-def app_of(service: Service) -> web.Application:
-    """The application around a service whose engine may still be loading."""
     app = web.Application(middlewares=[border(_access_of)], client_max_size=service.config.max_body_size)
     app[SERVICE] = service
     app[openapi.DOCUMENT] = openapi.document(ROUTES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import os
 import shutil
@@ -72,10 +71,6 @@ class Page:
             while not (value := await self.value(expression)):
                 await asyncio.sleep(0.05)
         return value
-
-    async def screenshot(self, path: Path) -> None:
-        answer = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(answer["data"]))
 
     async def close(self) -> None:
         self._reader.cancel()
