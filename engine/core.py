@@ -193,7 +193,11 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return any(self.scheduler.unfinished(tenant) for tenant in Tenant)
+        """Whether anything may run: nothing of paused tenants, but what of it is under way."""
+        scheduler = self.scheduler
+        if self._ahead is not None or scheduler.parked:
+            return True
+        return any(scheduler.unfinished(t) for t in Tenant if t not in scheduler.paused)
 
     def step(self) -> list[TokenOut]:
         """Run one step, or do nothing if nothing can run. Raises EngineDead when the runner fails again and again."""

@@ -13,14 +13,13 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from engine.backlog import Backlog
 from engine.build import BuiltModel, build_core, load_model, save_learned
 from engine.config import EngineConfig
-from engine.core import StepStats
 from engine.errors import (
     ContextTooLong,
     EngineDead,
@@ -32,49 +31,19 @@ from engine.generation import Generation, wake
 from engine.loop import EngineLoop
 from engine.memory.pages import SlabUse, slab_use
 from engine.sched.plan import StepPlan, StepResult
-from engine.sched.scheduler import TenantCounters
 from engine.served import Served, open_models, serve_built
+from engine.stats import RequestView, Stats, snapshot, view
 from engine.timeline import Timeline
 from engine.types import Abort, Completion, Cost, Delta, FinishReason, ModelCard, SamplingParams, Submit, Tenant, TokenOut
 
 if TYPE_CHECKING:
-    from engine.colocate.exclusive import ExclusiveSharing, SharingStats
-    from engine.colocate.worker import Report
-    from engine.memory.host_copies import HostStats
+    from engine.colocate.exclusive import ExclusiveSharing
     from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class TenantStats:
-    running: int
-    waiting: int
-    kv_pages: int  # referenced by the tenant's requests
-    prefix_queries: int  # prompt tokens looked up in the prefix cache
-    prefix_hits: int  # of those, found
-    counters: TenantCounters
-    host: HostStats | None = None  # copies of the tenant's KV in host memory
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """A snapshot of the engine; cheap, taken without stopping it."""
-
-    tenants: Mapping[Tenant, TenantStats]
-    kv_pages: int
-    kv_pages_free: int
-    kv_pages_cached: int
-    kv_bytes: int  # the KV memory of all models together
-    page_size: int
-    step_prediction_error: float  # mean of |predicted - measured| / measured over recent steps
-    part_seconds: Mapping[str, float]  # time computing since the start, by tenant and phase (`timeline.PARTS`)
-    device_seconds: Mapping[str, float]  # by owner: online, offline, switch, idle; sums to the time since the start
-    steps: StepStats  # how the tenants of the online model share its steps
-    sharing: SharingStats | None = None  # with an offline model
 
 
 class Arrival:
@@ -131,6 +100,7 @@ class Engine:
         self._live: dict[str, Generation] = {}
         self._count = 0
         self._draining = False
+        self._paused: frozenset[Tenant] = frozenset()
         self._dead: EngineDead | None = None
         offline = None if self._models.one_worker else self._models.offline
         self._loaded = config, built
@@ -322,53 +292,64 @@ class Engine:
             generation.abort()
 
     def abort(self, request_id: str) -> bool:
-        """End all live requests with this id. False if there is none."""
+        """End all live requests with this id for good: who waits is told not to send them again. False if there is none."""
         with self._lock:
             found = {g for g in self._live.values() if g.request_id == request_id}
         for generation in found:
+            generation.revoked = True
             generation.abort()
         return bool(found)
 
-    def stats(self) -> Stats:
-        scheduler = self._core.scheduler
-        kv, pool = scheduler.kv, scheduler.kv.pool
-        tenants = {
-            tenant: TenantStats(
-                running=scheduler.num_running(tenant),
-                waiting=scheduler.num_waiting(tenant),
-                kv_pages=pool.num_used(tenant),
-                prefix_queries=kv.prefix_queries[tenant],
-                prefix_hits=kv.prefix_hits[tenant],
-                counters=replace(scheduler.counters[tenant]),
-                host=self._core.host_stats() if tenant is Tenant.OFFLINE else None,
-            )
-            for tenant in Tenant
-        }
-        sharing = None if self._sharing is None else self._sharing.stats()
-        if sharing is not None and sharing.worker is not None:
-            tenants[Tenant.OFFLINE] = _stats_of(sharing.worker)
-        parts = self.timeline.seconds()
-        owners = self._owners(parts) if sharing is None else sharing.device_seconds
-        return Stats(
-            tenants=tenants,
-            kv_pages=pool.num_pages,
-            kv_pages_free=pool.num_free,
-            kv_pages_cached=pool.num_cached,
-            kv_bytes=self._models.memory.num_slabs * self._models.memory.slab_bytes,
-            page_size=kv.page_size,
-            step_prediction_error=scheduler.step_time.error,
-            steps=self._core.stats(),
-            part_seconds=parts,
-            device_seconds=owners,
-            sharing=sharing,
-        )
+    def abort_all(self, tenant: Tenant | str) -> int:
+        """End all live requests of the tenant, which may be sent again. Returns how many there were."""
+        with self._lock:
+            found = [g for g in self._live.values() if g.tenant is Tenant(tenant) and not g.revoked]
+        for generation in found:
+            generation.abort()
+        return len(found)
 
-    def _owners(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """With one model nobody waits for the device to change hands: who computes owns it."""
-        online = parts["online_prefill"] + parts["online_decode"]
-        offline = parts["offline_prefill"] + parts["offline_decode"]
-        age = self.timeline.clock.now() - self.timeline.began
-        return {"online": online, "offline": offline, "switch": 0.0, "idle": max(0.0, age - online - offline)}
+    # -- pause
+
+    @property
+    def paused(self) -> frozenset[Tenant]:
+        """The tenants whose requests stand still."""
+        return self._paused
+
+    def pause(self, *tenants: Tenant | str) -> None:
+        """Have requests of these tenants (default: of both) stand still, new ones included, until `resume`.
+
+        A step under way is finished. What they have computed stays, unless online needs the memory of offline. While online
+        requests stand still, offline ones wait for them as ever.
+        """
+        self._set_paused("paused", self._paused.union(map(Tenant, tenants or Tenant)))
+
+    def resume(self, *tenants: Tenant | str) -> None:
+        """Undo `pause`."""
+        self._set_paused("resumed", self._paused.difference(map(Tenant, tenants or Tenant)))
+
+    def _set_paused(self, kind: str, paused: frozenset[Tenant]) -> None:
+        with self._lock:
+            changed = sorted(paused ^ self._paused)
+            self._paused = paused
+            self._loop.pause(paused)
+            if self._sharing is not None:
+                self._sharing.pause(Tenant.OFFLINE in paused)
+        if changed:
+            self.timeline.event(kind, f"{' and '.join(changed)} work, by an administrator")
+
+    # -- what can be seen
+
+    def stats(self) -> Stats:
+        sharing = None if self._sharing is None else self._sharing.stats()
+        return snapshot(self._core, self.timeline, self._models.memory, sharing, self.paused)
+
+    def requests(self) -> list[RequestView]:
+        """Every request that is not over, oldest first."""
+        with self._lock:
+            live = list(self._live.items())
+        state_of, now = self._core.scheduler.state_of, self.timeline.clock.now()
+        stopped = self._sharing is not None and self._sharing.frozen
+        return [view(key, generation, state_of, now, stopped=stopped) for key, generation in live]
 
     def slab_use(self) -> list[SlabUse]:
         """The KV memory slab by slab: whose it is, and how much of it is in use."""
@@ -576,16 +557,3 @@ def _encode(prompt: Prompt, served: Served) -> tuple[int, ...]:
             param="prompt",
         )
     return tuple(tokens)
-
-
-def _stats_of(worker: Report) -> TenantStats:
-    """The offline tenant as its worker last reported it."""
-    return TenantStats(
-        running=worker.running,
-        waiting=worker.waiting,
-        kv_pages=worker.kv_pages,
-        prefix_queries=worker.prefix_queries,
-        prefix_hits=worker.prefix_hits,
-        counters=worker.counters,
-        host=worker.host,
-    )

@@ -9,6 +9,7 @@
     ├── Overloaded          try again later: `retry_after` seconds
     │   └── ShuttingDown    this process accepts no more work
     ├── RequestFailed       this one request failed (NaN logits, worker lost); the engine goes on
+    │   └── RequestAborted  an administrator ended it: leave it
     └── EngineDead          the engine stopped; nothing submitted here will finish
 
 Nothing here knows HTTP: status codes are the business of `server/`.
@@ -74,6 +75,10 @@ class RequestFailed(SluiceError):
     def __init__(self, message: str, *, retryable: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class RequestAborted(RequestFailed):
+    """Somebody other than its client ended the request on purpose: it is not to be sent again."""
 
 
 class EngineDead(SluiceError):

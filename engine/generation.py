@@ -189,6 +189,7 @@ class Generation:
         self._dead: EngineDead | None = None
         self.has_started: Callable[[], bool] = lambda: False  # whether the engine has admitted some of it
         self.cost = Cost()  # what colocation cost an online request
+        self.revoked = False  # somebody other than its reader ends it, and it is not to be sent again
         self.counted = False  # somebody else enters the cost in the ledger, for several generations perhaps
 
     # -- the reader's side

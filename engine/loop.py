@@ -81,6 +81,14 @@ class EngineLoop:
                 self._commands.append(function)
                 self._wake.notify()
 
+    def pause(self, tenants: frozenset[Tenant]) -> None:
+        """From the next step on, run nothing of these tenants; of all others again. What is under way is finished."""
+
+        def pause() -> None:
+            self._core.scheduler.paused = tenants
+
+        self.call(pause)
+
     def online_at_the_door(self) -> bool:
         """Whether a step without online rows should make way: an online request waits to be taken in, or the loop closes."""
         return bool(self._door) or self._closing

@@ -27,6 +27,7 @@ from engine.errors import (
     EngineDead,
     InvalidRequest,
     Overloaded,
+    RequestAborted,
     RequestFailed,
     ShuttingDown,
     UnknownModel,
@@ -151,6 +152,8 @@ def error_answer(exc: BaseException, tenant: Tenant | None = None) -> Answer:
             return Answer(429, error_body(text, "rate_limit_error", "resource_unavailable"), exc.retry_after)
         case Overloaded():
             return Answer(503, error_body(text, "server_error", "server_overloaded"), exc.retry_after)
+        case RequestAborted():
+            return Answer(503, error_body(text, "server_error", "request_aborted"), should_retry=False)
         case RequestFailed() if exc.retryable:
             return Answer(503, error_body(text, "server_error", "request_failed"), 1.0)
         case RequestFailed():
@@ -332,7 +335,7 @@ def _prompts(call: Call, generations: list[Generation], words: Tokenizer) -> Ite
 
 async def finish(job: Job) -> Json:
     """The body of a unary answer, once every choice is finished. Raises RequestFailed where one was cut short."""
-    completions = [_whole(await generation.completion()) for generation in job.generations]
+    completions = [_whole(await generation.completion(), generation) for generation in job.generations]
     if job.call.shape.no_output:
         completions = [replies.without_output(completion) for completion in completions]
     if job.call.shape.chat:
@@ -344,12 +347,14 @@ async def finish(job: Job) -> Json:
     return body
 
 
-def _whole(completion: Completion) -> Completion:
+def _whole(completion: Completion, generation: Generation) -> Completion:
     if any(choice.finish_reason is FinishReason.ABORT for choice in completion.choices):
-        raise aborted()
+        raise aborted(generation)
     return completion
 
 
-def aborted() -> RequestFailed:
+def aborted(generation: Generation) -> RequestFailed:
     """A request that something other than its client stopped: what there is of it must not look complete."""
+    if generation.revoked:
+        return RequestAborted("the request was aborted by an administrator")
     return RequestFailed("the request was aborted before it finished", retryable=True)

@@ -59,7 +59,7 @@ class Event(msgspec.Struct, frozen=True):
     """Something that happened at one moment: what, why, and what it cost (numbers by name, units in the names)."""
 
     at: float
-    kind: str  # preemption, thaw, withdrawn (it was no preemption), parked, gave_way, reclaim, worker, stuck, job
+    kind: str  # preemption, thaw, withdrawn (was none), parked, gave_way, reclaim, worker, stuck, job, paused, resumed
     cause: str
     cost: dict[str, float] = {}
 

@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from engine.errors import UnknownModel
 from engine.types import ModelCard, Tenant
 from server.http import json_response
-from server.service import SERVICE, Phase
+from server.service import SERVICE
 
 
 def sluice_version() -> str:
@@ -65,13 +65,6 @@ async def load(request: web.Request) -> web.StreamResponse:
 async def show_version(request: web.Request) -> web.StreamResponse:
     """GET /version"""
     return json_response({"version": sluice_version()})
-
-
-async def drain(request: web.Request) -> web.StreamResponse:
-    """POST /admin/drain: take no new requests, let those in flight finish, then leave; what SIGTERM does."""
-    service = request.app[SERVICE]
-    service.leave()
-    return json_response({"status": Phase.DRAINING.value, "in_flight": service.in_flight.total}, status=202)
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:

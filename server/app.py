@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from server import admin, batches, completions, dashboard, files, openapi, tokens
+from server import admin, batches, completions, control, dashboard, files, openapi, tokens
 from server.auth import Access
 from server.http import Handler, border, name_response
 from server.service import SERVICE, Service
@@ -48,6 +48,7 @@ ROUTES = (
     Route("GET", "/health", admin.health, Access.PUBLIC),
     Route("GET", "/ready", admin.ready, Access.PUBLIC),
     Route("GET", "/ping", admin.health, Access.PUBLIC),
+    Route("GET", "/health_generate", control.health_generate),
     Route("GET", "/version", admin.show_version, Access.PUBLIC),
     Route("GET", "/metrics", admin.metrics, Access.METRICS),
     Route("GET", "/load", admin.load, Access.METRICS),
@@ -55,7 +56,11 @@ ROUTES = (
     Route("GET", "/dashboard", dashboard.dashboard, Access.PUBLIC),  # a page that knows nothing until it has a key
     Route("GET", "/debug/state", dashboard.state, Access.ADMIN),
     Route("GET", "/debug/timeline", dashboard.timeline, Access.ADMIN),
-    Route("POST", "/admin/drain", admin.drain, Access.ADMIN),
+    Route("GET", "/debug/requests", control.requests, Access.ADMIN),
+    Route("POST", "/admin/pause", control.pause, Access.ADMIN),
+    Route("POST", "/admin/resume", control.resume, Access.ADMIN),
+    Route("POST", "/admin/abort", control.abort, Access.ADMIN),
+    Route("POST", "/admin/drain", control.drain, Access.ADMIN),
 )
 _ACCESS = {(route.method, route.path): route.access for route in ROUTES}
 

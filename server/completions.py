@@ -19,7 +19,7 @@ from engine.types import Delta, FinishReason, Tenant
 from server.admission import Place, Refused, clamp_priority, patience
 from server.http import json_response, read_json
 from server.metrics import Metrics
-from server.service import CLIENT, REQUEST_ID, SERVICE, Phase, Service
+from server.service import CLIENT, REQUEST_ID, SERVICE, Asker, Phase, Service
 from server.sse import EventStream, SlowReader, open_stream
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ async def _run(request: web.Request, service: Service, call: Call, watch: Watch,
     except Overloaded as error:
         raise Refused(error_answer(error, call.tenant)) from None
     watch.submitted(job)
-    service.jobs.add(job)
+    service.jobs[job] = Asker(request[REQUEST_ID], request[CLIENT].name)
     try:
         return await (_stream if call.stream else _unary)(request, service, job, watch)
     except (RequestFailed, EngineDead):
@@ -73,7 +73,7 @@ async def _run(request: web.Request, service: Service, call: Call, watch: Watch,
         raise
     finally:
         job.abort()
-        service.jobs.discard(job)
+        service.jobs.pop(job, None)
         place.tokens = sum(g.usage.prompt_tokens + g.usage.completion_tokens for g in job.generations)
 
 
@@ -167,7 +167,7 @@ async def _pump(events: EventStream, job: Job, index: int, chunks: Chunks, watch
             if delta.finish_reason is FinishReason.ERROR:
                 raise RequestFailed(delta.error or "the request failed")
             if delta.finish_reason is FinishReason.ABORT:
-                raise aborted()
+                raise aborted(job.generations[index])
             if (text := chunks.push_text(index, delta)) is not None:
                 await events.send_json(text)
             else:

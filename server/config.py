@@ -41,7 +41,7 @@ class ServerConfig:
     api_keys_file: str | None = _knob(
         None, "YAML file of clients: name, sha256 of the key, tenants, limits. Read again on SIGHUP"
     )
-    admin_api_key: tuple[str, ...] = _knob((), "key for admin routes (dashboard, drain)", action="append", type=str)
+    admin_api_key: tuple[str, ...] = _knob((), "key for admin routes (dashboard, pause, drain)", action="append", type=str)
     admin_api_key_file: str | None = _knob(None, "file with one admin key per line")
     allowed_origins: tuple[str, ...] = _knob(
         (), "let pages from here call the API, e.g. https://a.example", nargs="+", type=str
@@ -68,6 +68,7 @@ class ServerConfig:
     # The engine's flag of the same name: what it keeps to is shown and counted here.
     ttft_slo_ms: float = _knob(0.0, "first-token time that online requests should not exceed, shown and counted; 0: none")
     stuck_step_timeout: float = _knob(60.0, "a step that runs for longer is reported, and /health answers 503; 0: never")
+    health_generate_timeout: float = _knob(20.0, "GET /health_generate answers 503 if no token comes by then; 0: it waits")
     status_interval: float = _knob(10.0, "while there is work, log a line per tenant this often; 0: never")
     enable_log_requests: bool = _knob(False, "log a line for every answered request")
     data_dir: str | None = _knob(

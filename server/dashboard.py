@@ -28,7 +28,7 @@ from server.trace import chrome_trace
 
 if TYPE_CHECKING:
     from engine import Engine
-    from engine.engine import Stats
+    from engine.stats import Stats
 
 Json = dict[str, Any]
 

@@ -20,8 +20,9 @@ from server.recent import CAUSES, Recent
 
 if TYPE_CHECKING:
     from engine.colocate.exclusive import SharingStats
-    from engine.engine import Engine, Stats
+    from engine.engine import Engine
     from engine.memory.host_copies import HostStats
+    from engine.stats import Stats
 
 _LABELS = ("model_name", "tenant")
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -205,6 +206,10 @@ class _EngineNumbers(Collector):
         )
         yield from _device_metrics(self.engine, stats)
         yield from self._targets()
+        paused = GaugeMetricFamily("sluice_paused", "1 while an administrator has the tenant stand still", labels=("tenant",))
+        for tenant in Tenant:
+            paused.add_metric((tenant.value,), float(tenant in stats.paused))
+        yield paused
         mode = GaugeMetricFamily("sluice_sharing_mode", "1 for how the tenants of one model share it now", labels=("mode",))
         for name in ("exclusive", "step"):
             mode.add_metric((name,), float(name == stats.steps.mode))

@@ -61,6 +61,7 @@ _JOBS = (400, 404, 503)
 _NUMBER = {"type": "number"}
 _TEXT = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
+_WHOSE: dict[str, Json] = {"tenant": {"enum": ["online", "offline"]}}
 _PAGE: dict[str, Json] = {"limit": {"type": "integer", "minimum": 1}, "after": _TEXT}
 
 
@@ -69,6 +70,7 @@ def _object(**properties: Json) -> Json:
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
+_TENANTS: Json = {"type": "array", "items": {"enum": ["online", "offline"]}}
 _UPLOAD = _object(purpose={"const": "batch"}, file={"type": "string", "format": "binary"})
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -109,6 +111,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("Whether requests in flight can finish", "Status", errors=(503,)),
     ("GET", "/ready"): Operation("Whether new requests are taken", "Status", errors=(503,)),
     ("GET", "/ping"): Operation("The same as /health", "Status", errors=(503,)),
+    ("GET", "/health_generate"): Operation(
+        "Whether the online model gives a token in time", "Status", errors=(429, 500, 503)
+    ),
     ("GET", "/version"): Operation("The version of the server"),
     ("GET", "/metrics"): Operation("Prometheus text", media=(TEXT,)),
     ("GET", "/load"): Operation("How much there is to do, for load balancers", errors=(503,)),
@@ -117,6 +122,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/debug/state"): Operation("What the page shows", query={"after": {"type": "string"}}, errors=(400, 503)),
     ("GET", "/debug/timeline"): Operation(
         "The last seconds as a Chrome trace, for Perfetto", query={"seconds": _NUMBER}, errors=(400, 503)
+    ),
+    ("GET", "/debug/requests"): Operation(
+        "The requests that are not over", "Requests", errors=(400, 503), query=_WHOSE | {"limit": _PAGE["limit"]}
+    ),
+    ("POST", "/admin/pause"): Operation("Have a tenant's requests stand still", "Paused", errors=(400, 503), query=_WHOSE),
+    ("POST", "/admin/resume"): Operation("Have them go on", "Paused", errors=(400, 503), query=_WHOSE),
+    ("POST", "/admin/abort"): Operation(
+        "End a request, or all of a tenant", errors=(400, 404, 503), query=_WHOSE | {"request_id": _TEXT}
     ),
     ("POST", "/admin/drain"): Operation("Take no new requests, finish those in flight, leave", status=202),
 }
@@ -142,6 +155,13 @@ _ANSWERS: Mapping[str, Json] = {
     "Batch": _object(id=_TEXT, object={"const": "batch"}, endpoint=_TEXT, status=_TEXT, request_counts={"type": "object"}),
     "Tokens": _object(count=_COUNT, max_model_len=_COUNT, tokens={"type": "array", "items": _COUNT}),
     "Prompt": _object(prompt=_TEXT),
+    "Paused": _object(paused=_TENANTS),
+    "Requests": _object(
+        object={"const": "list"},
+        paused=_TENANTS,
+        total=_COUNT,
+        data={"type": "array", "items": _object(id=_TEXT, model=_TEXT, tenant=_TEXT, state=_TEXT, age=_NUMBER)},
+    ),
 }
 
 

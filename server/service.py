@@ -7,7 +7,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 
@@ -32,6 +32,13 @@ class Phase(enum.Enum):
     DRAINING = "draining"
 
 
+class Asker(NamedTuple):
+    """Who waits for a job: an HTTP request, by its name, of a client, by its name."""
+
+    request_id: str
+    client: str
+
+
 class Service:
     """One server. `engine` is None until the model is loaded."""
 
@@ -43,7 +50,7 @@ class Service:
         self.in_flight = InFlight(config)
         self.bodies = Bodies(config.max_body_memory)
         self.metrics.in_flight.set_function(lambda: self.in_flight.total)
-        self.jobs: set[Job] = set()
+        self.jobs: dict[Job, Asker] = {}
         if batches is not None:
             self.metrics.registry.register(JobNumbers(batches))
         self.batches = batches  # None: this server keeps no files and batches. Closing them stays the caller's business
@@ -78,23 +85,23 @@ class Service:
     def check_moving(self) -> None:
         """Raise Refused (503) while a step has been running for too long."""
         if self.stuck:
-            raise _unavailable(f"a step of the engine has been running for {self.stuck:.0f} s", "engine_stuck", 5.0)
+            raise unavailable(f"a step of the engine has been running for {self.stuck:.0f} s", "engine_stuck", 5.0)
 
     @property
     def engine(self) -> Engine:
         """The engine. Raises Refused (503) while it loads and after it died."""
         if self._engine is None:
             seconds = time.monotonic() - self.started
-            raise _unavailable(f"the model is being loaded, for {seconds:.0f} s so far", "model_loading", 2.0)
+            raise unavailable(f"the model is being loaded, for {seconds:.0f} s so far", "model_loading", 2.0)
         if not self._engine.alive and self.phase is not Phase.DRAINING:
-            raise _unavailable("the engine stopped", "engine_dead", 5.0)
+            raise unavailable("the engine stopped", "engine_dead", 5.0)
         return self._engine
 
     def engine_for_work(self) -> Engine:
         """The engine, if it takes new requests."""
         engine = self.engine
         if self.phase is Phase.DRAINING:
-            raise _unavailable("the server is shutting down", "shutting_down", 5.0)
+            raise unavailable("the server is shutting down", "shutting_down", 5.0)
         return engine
 
     async def drain(self, timeout: float) -> bool:
@@ -115,7 +122,8 @@ class Service:
         return not self.in_flight.total
 
 
-def _unavailable(message: str, code: str, retry_after: float) -> Refused:
+def unavailable(message: str, code: str, retry_after: float) -> Refused:
+    """503, with when to ask again."""
     return Refused(Answer(503, error_body(message, "server_error", code), retry_after))
 
 

@@ -13,7 +13,7 @@ from server.metrics import Metrics
 
 if TYPE_CHECKING:
     from engine import Engine
-    from engine.engine import Stats
+    from engine.stats import Stats
     from server.jobs import Jobs
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.core", "engine.colocate.arbiter", "engine.colocate.control", "engine.colocate.gate"),
     (
         *("engine.build", "engine.loop", "engine.doctor", "engine.colocate"),
-        *("engine.served", "engine.backlog", "engine.generation", "engine.engine"),
+        *("engine.served", "engine.backlog", "engine.generation", "engine.stats", "engine.engine"),
     ),
     ("engine",),  # the package's own __init__: the public names
     (
@@ -81,6 +81,7 @@ ENGINE_AS_SEEN_BY_SERVER = frozenset(
         "engine.memory.host_copies",  # the type of its statistics
         "engine.openai",
         "engine.replies",
+        "engine.stats",
         "engine.timeline",
         "engine.types",
         "engine.wire",

@@ -273,6 +273,17 @@ class ExclusiveSharing:
         with self._lock:
             self._account(self._clock.now())
 
+    def pause(self, on: bool) -> None:
+        """Have the worker run no steps although it could; or run them again."""
+        self._process.pause(on)
+        with self._lock:
+            self._account(self._clock.now())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the worker stands still for online's sake."""
+        return self._arbiter.frozen
+
     @property
     def num_unfinished(self) -> int:
         return self._process.num_unfinished

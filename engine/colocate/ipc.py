@@ -55,6 +55,12 @@ class Drop(msgspec.Struct, tag="drop", frozen=True):
     id: str
 
 
+class Pause(msgspec.Struct, tag="pause", frozen=True):
+    """Main to worker: run no steps from now on, or run them again."""
+
+    on: bool
+
+
 class Spin(msgspec.Struct, tag="spin", frozen=True):
     """Main to worker: make visible progress until the next frame, for the gate's probe."""
 
@@ -70,7 +76,7 @@ class Outs(msgspec.Struct, tag="outs", frozen=True):
     spans: list[Span] = []
 
 
-Frame = Start | Ready | Failed | Put | Drop | Spin | Rest | Outs
+Frame = Start | Ready | Failed | Put | Drop | Pause | Spin | Rest | Outs
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

@@ -71,6 +71,7 @@ class OfflineProcess:
         self._timeline = timeline
         self._lock = threading.Lock()
         self._unfinished: dict[str, _Unfinished] = {}
+        self._paused = False
         self._suspect: str | None = None  # the request that the worker has alone, the others being held back
         self._sender: ipc.Sender | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -89,7 +90,8 @@ class OfflineProcess:
 
     @property
     def busy(self) -> bool:
-        return bool(self._unfinished)
+        """Whether the worker has something to run."""
+        return bool(self._unfinished) and not self._paused
 
     @property
     def num_unfinished(self) -> int:
@@ -121,6 +123,12 @@ class OfflineProcess:
         if gone is not None:
             # The worker may be frozen for long; its answer to the abort would come as late.
             self._deliver([TokenOut(id=command.id, finish_reason=FinishReason.ABORT)])
+
+    def pause(self, on: bool) -> None:
+        """Have the worker, and those after it, run no steps; or run them again."""
+        with self._lock:
+            self._paused = on
+            self._send(ipc.Pause(on))
 
     def spin(self, on: bool) -> None:
         """Have the worker make visible progress without work, for the gate's probe."""
@@ -218,6 +226,8 @@ class OfflineProcess:
                 sender.put(self._start)
                 with self._lock:
                     self._child, self._sender = child, sender
+                    if self._paused:
+                        self._send(ipc.Pause(True))
                     self._hand_over_all()
                 if self._closing.is_set():
                     child.kill()

@@ -219,6 +219,7 @@ class Worker:
         self._control = control
         self._memory_fd = memory_fd
         self._device: WorkerDevice = HostSide(memory_fd)
+        self._report: Callable[[], None] = lambda: None
 
     def run(self) -> int:
         """Until the main process goes away. Returns an exit status."""
@@ -258,6 +259,7 @@ class Worker:
             self._deliver(outs, reporter.take_spans())
 
         core.on_step = reporter.after_step
+        self._report = reporter.write
         loop = EngineLoop(core, deliver, self._died, name="offline-engine")
         assert built.window is not None
         watch = SlabWatch(self._control, device.open(built.window, loop.call), core)
@@ -296,11 +298,18 @@ class Worker:
         self._control[Word.PROGRESS] += 1
 
     def _serve(self, loop: EngineLoop) -> None:
+        paused = False  # then no step ends, after which a report would be written
         while (frame := ipc.receive(self._sock)) is not None:
             if isinstance(frame, ipc.Put):
                 loop.put(frame.submit)
+                if paused:
+                    loop.call(self._report)
             elif isinstance(frame, ipc.Drop):
                 loop.put(Abort(frame.id))
+            elif isinstance(frame, ipc.Pause):
+                paused = frame.on
+                loop.pause(frozenset(Tenant) if paused else frozenset())
+                loop.call(self._report)
             elif isinstance(frame, ipc.Spin):
                 while not select.select([self._sock], [], [], 0)[0]:
                     self._boundary() if self._device.spin() else self._show_progress()

@@ -75,6 +75,7 @@ class Scheduler:
         self.delays = Delays()  # of online requests by offline work; whoever runs the steps tells it
         self._open_guide = open_guide
         self.counters = {tenant: TenantCounters() for tenant in Tenant}
+        self.paused: frozenset[Tenant] = frozenset()  # whose requests are not planned
         self._requests: dict[str, Request] = {}
         self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
         self._waiting: dict[Tenant, Queue] = {tenant: TenantQueue() for tenant in Tenant}
@@ -148,6 +149,13 @@ class Scheduler:
     def num_waiting(self, tenant: Tenant) -> int:
         return len(self._waiting[tenant])
 
+    def state_of(self, request_id: str) -> str | None:
+        """Where a request stands, in a word; None if it is not here. Any thread; a glance, not a promise."""
+        request = self._requests.get(request_id)
+        if request is None or request.state is not RequestState.RUNNING:
+            return None if request is None else request.state.value
+        return "parked" if request.parked else "restoring" if request.restoring else "running"
+
     # -- decide
 
     def schedule(self) -> StepPlan | None:
@@ -156,7 +164,7 @@ class Scheduler:
         step = StepRoom(self.policy.budget(view), self.step_time, self._copying())
         if step.left:
             for request in self.policy.order(view):
-                if step.room(request) > 0:
+                if step.room(request) > 0 and request.tenant not in self.paused:
                     self._place(request, step, view)
                 if not step.left:
                     break
@@ -175,6 +183,8 @@ class Scheduler:
         """
         followed = [place for place, row in enumerate(plan.rows) if self._goes_on(row)]
         rows = [plan.rows[place] for place in followed]
+        if Tenant.ONLINE in self.paused:
+            return None
         if not rows or not all(row.sample and row.tenant is Tenant.ONLINE and _needs_no_history(row) for row in plan.rows):
             return None
         if self._others_could_run(plan, seat_freed=len(rows) < len(plan.rows)):
@@ -218,7 +228,7 @@ class Scheduler:
         full = not seat_freed and sum(map(len, self._running.values())) >= self.max_num_seqs
         for request in self.policy.order(view):
             admissible = request.state is RequestState.RUNNING or not full
-            if request.id not in planned and admissible and step.room(request) > 0:
+            if request.id not in planned and admissible and step.room(request) > 0 and request.tenant not in self.paused:
                 return True
         return False
 

@@ -311,7 +311,8 @@ async def test_an_aborted_request_never_looks_complete(long_engine: Engine) -> N
     assert engine.abort("mine")
 
     reply = await task
-    assert (reply.status, reply.body["error"]["code"]) == (503, "request_failed")
+    assert (reply.status, reply.body["error"]["code"]) == (503, "request_aborted")
+    assert reply.should_retry is False
 
 
 async def test_a_dead_engine_escapes(tmp_path: Path) -> None:

@@ -107,6 +107,39 @@ def test_nothing_is_in_flight_when_all_have_ended() -> None:
     assert not runner._pending and not core.has_work
 
 
+def test_a_pause_ends_with_what_was_launched_ahead() -> None:
+    core, runner = make_core()
+    submit(core, "a", [1, 2, 3])
+    outputs: dict[str, list[int]] = {}
+    note(core.step(), outputs)
+    assert runner._pending
+    core.scheduler.paused = frozenset({Tenant.ONLINE})
+
+    note(core.step(), outputs)
+
+    assert not runner._pending and not core.has_work
+    assert outputs == {"a": expected_tokens([1, 2, 3], 8, VOCAB)[:2]}
+    core.scheduler.paused = frozenset()
+    outputs["a"] += finish(core)["a"]
+    assert outputs == {"a": expected_tokens([1, 2, 3], 8, VOCAB)}
+
+
+def test_paused_online_work_keeps_offline_work_waiting() -> None:
+    """It would lose its turn otherwise."""
+    core, runner = make_core()
+    submit(core, "on", [1, 2])
+    submit(core, "off", [3, 4], Tenant.OFFLINE)
+    core.scheduler.paused = frozenset({Tenant.ONLINE})
+    assert core.has_work and core.step() == [] and core.stalled and not runner.plans
+    core.scheduler.paused = frozenset({Tenant.OFFLINE})
+    outputs: dict[str, list[int]] = {}
+    while core.has_work:
+        note(core.step(), outputs)
+    assert outputs == {"on": expected_tokens([1, 2], 8, VOCAB)}
+    core.scheduler.paused = frozenset()
+    assert finish(core) == {"off": expected_tokens([3, 4], 8, VOCAB)}
+
+
 def test_nothing_is_launched_ahead_of_an_arrival() -> None:
     at_the_door = False
     core, runner = make_core(interrupted=lambda: at_the_door)

@@ -236,7 +236,7 @@ async def test_a_failure_half_way_is_an_event(long_engine: Engine) -> None:
         events = parse_events("data: {}\n\n" + (await response.read()).decode())
 
     assert events[-1] == "[DONE]"
-    assert events[-2]["error"]["code"] == "request_failed"
+    assert events[-2]["error"]["code"] == "request_aborted"
     assert set(events[-2]["error"]) == {"message", "type", "param", "code"}
 
 
