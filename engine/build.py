@@ -98,7 +98,7 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
         if device is None:
             allowed = min(_KV_CEILING, int(_KV_SHARE * psutil.virtual_memory().available))
         else:
-            weights, work = (sum(size(config, spec) for spec in specs) for size in (_weight_bytes, _work_bytes))
+            weights, work = (sum(size(config, spec) for spec in specs) for size in (weight_bytes, _work_bytes))
             sinks = slab_bytes * len(specs) if len(specs) > 1 else 0
             allowed = int(config.gpu_memory_utilization * device.total) - device.used - weights - work - sinks
             if allowed < slab_bytes * len(specs):
@@ -381,7 +381,8 @@ def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
     return spec.dtype if resolve_device(config.device) == "cuda" else "float32"
 
 
-def _weight_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+def weight_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    """What the model's weights take in the number format it runs in."""
     from engine.weights import expected_shapes
 
     return sum(math.prod(shape) for shape in expected_shapes(spec).values()) * _value_bytes(config, spec)

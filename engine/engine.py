@@ -341,7 +341,7 @@ class Engine:
 
     def stats(self) -> Stats:
         sharing = None if self._sharing is None else self._sharing.stats()
-        return snapshot(self._core, self.timeline, self._models.memory, sharing, self.paused)
+        return snapshot(self._core, self.timeline, self._models, sharing, self.paused)
 
     def requests(self) -> list[RequestView]:
         """Every request that is not over, oldest first."""

@@ -17,6 +17,8 @@ Nothing here knows HTTP: status codes are the business of `server/`.
 
 from __future__ import annotations
 
+NOT_FINITE = "the model's logits are not finite"  # what a request is told whose numbers cannot be used
+
 
 class SluiceError(Exception):
     """Base of all errors raised on purpose."""

@@ -275,6 +275,7 @@ class Records:
         self.stop = threading.Event()  # set: wait for nothing
         self.blocked: Blocked | None = None  # set while the disk refuses
         self.num_refusals = 0
+        self.on_sync: Callable[[float], None] = lambda seconds: None  # told how long a sync took
         self._say = say
         self._patience = patience
         self._clock = clock or MonotonicClock()
@@ -348,10 +349,12 @@ class Records:
             with _named(log.path):
                 log.push()
         if logs and (sync or self._unsynced >= SYNC_LINES or not self.sync_due()):
+            began = self._clock.now()
             for log in logs:
                 with _named(log.path):
                     log.sync()
             self._last_sync = self._clock.now()
+            self.on_sync(self._last_sync - began)
 
     def close(self) -> None:
         self.out.close()

@@ -107,10 +107,18 @@ class Job:
         entries = {id(generation.cost): generation.cost for generation in self.generations}
         return sum(entries.values(), Cost())
 
+    @property
+    def felt(self) -> Cost:
+        """The same with the time of offline work in its own model's steps: all that its client waited for others."""
+        if self.tenant is Tenant.OFFLINE:
+            return self.cost
+        delayed = max(generation.times.delayed for generation in self.generations)  # they run at the same time
+        return self.cost + Cost(waited_us=round(delayed * 1e6))
+
     def usage(self) -> Json:
         """The call's `usage` object, with the ledger's entry if the client asked for it."""
         usage = replies.usage_body(generation.usage for generation in self.generations)
-        return usage | {"colocation": replies.cost_body(self.cost)} if self.call.shape.colocation else usage
+        return usage | {"colocation": replies.cost_body(self.felt)} if self.call.shape.colocation else usage
 
     def chunks(self) -> Chunks:
         """The chunk maker of this job's stream."""
@@ -343,7 +351,7 @@ async def finish(job: Job) -> Json:
     else:
         body = replies.completion_body(job.head, job.call.shape, completions, job.prompts, job.words)
     if job.call.shape.colocation:
-        body["usage"]["colocation"] = replies.cost_body(job.cost)
+        body["usage"]["colocation"] = replies.cost_body(job.felt)
     return body
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.build import BuiltModel, Memory, max_model_len, pages_in, plan_memory
+from engine.build import BuiltModel, Memory, max_model_len, pages_in, plan_memory, weight_bytes
 from engine.config import EngineConfig
 from engine.demo import DEMO_NAMES, resolve_model
 from engine.errors import InvalidCheckpoint, InvalidConfig
@@ -32,6 +32,7 @@ class Served:
     config: EngineConfig
     tokenizer: Tokenizer
     grammars: Grammars
+    weight_bytes: int = 0  # 0: not known
 
     def is_called(self, name: str) -> bool:
         return name == self.card.id or name in self.card.aliases
@@ -48,6 +49,12 @@ class ServedModels:
     offline: Served | None
     memory: Memory
     one_worker: bool = False
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """By model, where it is known; weights that two names share are the online model's."""
+        own = (self.online,) if self.offline is None or self.one_worker else (self.online, self.offline)
+        return {served.card.id: served.weight_bytes for served in own if served.weight_bytes}
 
     def find(self, name: str | None, tenant: Tenant | None) -> Served | None:
         """Who serves `name` (None: the tenant's own model) to the tenant.
@@ -124,7 +131,8 @@ def serve(
         created=int(time.time()),  # noqa: TID251 - a stamp for clients
     )
     words = tokenizer or Tokenizer.load(path)
-    return Served(card, path, config, words, Grammars(lambda: words, spec.vocab_size, spec.eos_ids))
+    grammars = Grammars(lambda: words, spec.vocab_size, spec.eos_ids)
+    return Served(card, path, config, words, grammars, weight_bytes(config, spec))
 
 
 def _names(model: str, served: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engine.build import Memory
 from engine.core import EngineCore, StepStats
 from engine.generation import Generation
 from engine.sched.scheduler import TenantCounters
+from engine.served import ServedModels
 from engine.timeline import Timeline
 from engine.types import Tenant
 
@@ -43,6 +43,7 @@ class Stats:
     kv_pages_free: int
     kv_pages_cached: int
     kv_bytes: int  # the KV memory of all models together
+    weight_bytes: Mapping[str, int]  # by model, where known; two names of one model have them once
     page_size: int
     step_prediction_error: float  # mean of |predicted - measured| / measured over recent steps
     part_seconds: Mapping[str, float]  # time computing since the start, by tenant and phase (`timeline.PARTS`)
@@ -71,7 +72,7 @@ class RequestView:
 
 
 def snapshot(
-    core: EngineCore, timeline: Timeline, memory: Memory, sharing: SharingStats | None, paused: frozenset[Tenant]
+    core: EngineCore, timeline: Timeline, models: ServedModels, sharing: SharingStats | None, paused: frozenset[Tenant]
 ) -> Stats:
     """Of an engine made of these parts; `sharing` of its offline worker, if it has one."""
     scheduler = core.scheduler
@@ -97,7 +98,8 @@ def snapshot(
         kv_pages=pool.num_pages,
         kv_pages_free=pool.num_free,
         kv_pages_cached=pool.num_cached,
-        kv_bytes=memory.num_slabs * memory.slab_bytes,
+        kv_bytes=models.memory.num_slabs * models.memory.slab_bytes,
+        weight_bytes=models.weight_bytes,
         page_size=kv.page_size,
         step_prediction_error=scheduler.step_time.error,
         steps=core.stats(),

@@ -167,6 +167,8 @@ class Timeline:
         self.step_seconds = {tenant: StepHistogram(STEP_SECONDS) for tenant in Tenant}  # by who was served; mixed: online
         self.step_tokens = StepHistogram(STEP_TOKENS)
         self.hold_seconds = StepHistogram(HOLD_SECONDS)  # of whoever holds the arbiter's lock
+        self.parked_seconds = StepHistogram(HOLD_SECONDS)  # of the engine's thread, as all else about its own core
+        self._parked: dict[int, float] = {}  # number of a plan -> since when its pass is parked
         self._busy_until = self.began
         self._own = [0.0] * len(PARTS)
         self._worker = [0.0] * len(PARTS)
@@ -184,9 +186,19 @@ class Timeline:
         for index, seconds in enumerate(seconds_by_part(span)):
             if seconds:
                 self._own[index] += seconds
+        self._park(plan.step, span, result)
         self.step_seconds[Tenant.OFFLINE if plan.preemptible else Tenant.ONLINE].add(span.seconds)
         if not span.cut:
             self.step_tokens.add(plan.num_tokens)
+
+    def _park(self, step: int, span: Span, result: StepResult) -> None:
+        since = self._parked.pop(step, None)
+        if since is not None:
+            self.parked_seconds.add(max(0.0, span.start - since))
+        if result.checkpoint is not None:
+            self._parked[step] = span.end
+            if len(self._parked) > _HOLDS:
+                del self._parked[next(iter(self._parked))]  # a pass that was given up
 
     # -- whoever holds the arbiter's lock
 

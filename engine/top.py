@@ -184,7 +184,10 @@ def _head(state: Json) -> Text:
     device = state["device"]
     gate = f", gate {device['gate']}, {device['state']}" if "gate" in device else ""
     color = "green" if state["status"] == "ready" else "red"
-    text = Text.assemble(("Sluice ", "bold"), (state["status"], color), f"  {models}{gate}  up {duration(state['uptime'])}")
+    paused = state.get("paused")
+    still = f", {' and '.join(paused)} paused" if paused else ""
+    up = duration(state["uptime"])
+    text = Text.assemble(("Sluice ", "bold"), (state["status"], color), (still, "red"), f"  {models}{gate}  up {up}")
     text.truncate(200)
     return text
 

@@ -356,7 +356,7 @@ class Completion:
 class Cost:
     """What colocation cost one online request. Filled in while the request lives. The ledger's entry."""
 
-    waited_us: int = 0  # microseconds it waited for the gate to close and for slabs
+    waited_us: int = 0  # microseconds it waited for the gate to close and for slabs; clients are told steps of offline work too
     preemptions: int = 0  # offline preemptions it caused: 0 or 1
     slabs_reclaimed: int = 0
 

@@ -81,7 +81,7 @@ def _cost_header(job: Job) -> dict[str, str]:
     """What colocation cost an online request so far; nothing for offline ones."""
     if job.tenant is Tenant.OFFLINE:
         return {}
-    return {COST_HEADER: ";".join(f"{name}={value}" for name, value in cost_body(job.cost).items())}
+    return {COST_HEADER: ";".join(f"{name}={value}" for name, value in cost_body(job.felt).items())}
 
 
 def _patience(service: Service, job: Job) -> AbstractAsyncContextManager[None]:
@@ -238,6 +238,7 @@ class Watch:
                 if self.job.tenant is Tenant.ONLINE:
                     self.metrics.interference.inc(times.delayed)
             self.metrics.prompt_tokens.labels(*self.labels).observe(usage.prompt_tokens)
+            self.metrics.computed_tokens.labels(*self.labels).observe(usage.prompt_tokens - usage.cached_tokens)
             self.metrics.output_tokens.labels(*self.labels).observe(usage.completion_tokens)
 
     def _first_token(self, seconds: float, prompt: int) -> None:

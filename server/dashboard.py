@@ -86,6 +86,7 @@ async def state(request: web.Request) -> web.StreamResponse:
     body = {
         "version": sluice_version(),
         "status": service.status,
+        "paused": sorted(stats.paused),
         "uptime": time.monotonic() - service.started,
         "models": [{"id": card.id, "tenant": card.tenant.value} for card in engine.models],
         "tenants": {tenant.value: _tenant(stats, tenant) for tenant in Tenant},

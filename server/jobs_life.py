@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from engine.joblines import BadLine, InputFacts, JobError, JobLine, read_lines
 from engine.joblog import Blocked, Record, Records, Usage, fault_record
 from engine.jobrun import Backend, Halt, Harvest, Run, Slots
 from engine.openai import COMPLETIONS
+from engine.timeline import StepHistogram
 from engine.types import Tenant
 from server.jobs_plan import Rate, tokens_per_line
 from server.jobs_store import BatchRecord, FileRecord, Harvested, LineError, Store, StoreFull
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_ERRORS = 100  # told of a batch that fails its validation
 PAUSE_GRACE = 5.0  # seconds that lines in flight get to finish when a job is paused
+_SYNC_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 _AT_ONCE = 256  # records written at once for lines that will never run
 _FIRST_NAP, _LONGEST_NAP = 0.2, 10.0  # seconds between attempts while the disk refuses
 _GUESSED_ANSWER = {COMPLETIONS: 16}  # tokens, where a line does not say how many it wants
@@ -41,12 +44,19 @@ _UNFINISHED = {
 
 @dataclass(slots=True)
 class Totals:
-    """Of all jobs since this process started. Written by the jobs' event loop alone."""
+    """Of all jobs since this process started. Written by the jobs' event loop alone, but for what `synced` enters."""
 
     completed: int = 0
     failed: int = 0
     resume_skipped: int = 0  # lines that had their record when a job was taken up again
     write_errors: int = 0
+    sync_seconds: StepHistogram = field(default_factory=lambda: StepHistogram(_SYNC_SECONDS))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def synced(self, seconds: float) -> None:
+        """Any thread: each job has its own."""
+        with self.lock:
+            self.sync_seconds.add(seconds)
 
 
 @dataclass(slots=True)
@@ -404,6 +414,7 @@ class Life:
     async def _take_up(self) -> None:
         store = self._shared.store
         records = Records(store.path(self.record.output_id), store.path(self.record.error_id), say=self._say)
+        records.on_sync = self._shared.totals.synced
         try:
             await asyncio.to_thread(records.open, self.record.job)
         except BaseException:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.jobs import Jobs
+from server.metrics import buckets
 
 MAX_TOLD = 32
 _STATES = ("validating", "in_progress", "paused", "finalizing", "cancelling")
@@ -42,6 +43,13 @@ class JobNumbers(Collector):
         )
         yield CounterMetricFamily(
             "sluice_batch_output_write_errors", "Times the disk refused what a batch had to write", value=totals.write_errors
+        )
+        syncs = totals.sync_seconds
+        yield HistogramMetricFamily(
+            "sluice_batch_output_fsync_seconds",
+            "Time to make records of a batch durable",
+            buckets=buckets(syncs.bounds, syncs.counts),
+            sum_value=syncs.total,
         )
         waiting = [self._jobs.now() - view.created_at for view in views if not view.done]
         yield GaugeMetricFamily(

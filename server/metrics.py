@@ -40,6 +40,7 @@ _COUNTERS = {
     "computed_tokens": "Tokens whose KV was computed, again included",
     "recomputed_tokens": "Tokens computed again after they were lost",
     "num_preemptions": "Times a running request gave way",
+    "corrupted_requests": "Requests that ended because their logits were no numbers",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache",
 }
@@ -69,6 +70,9 @@ _ALIASED = {
     "request_inference_time_seconds",
     "request_num_preemptions",
     "prompt_tokens_cached",
+    "prompt_tokens_by_source",
+    "request_prefill_kv_computed_tokens",
+    "corrupted_requests",
     "iteration_tokens_total",
 }
 
@@ -104,6 +108,9 @@ class Metrics:
             )
         }
         self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request", _COUNTS)
+        self.computed_tokens = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that were not in the prefix cache", _COUNTS
+        )
         self.output_tokens = histogram("request_generation_tokens", "Output tokens of a request", _COUNTS)
         self.params_n = histogram("request_params_n", "n of a request", _COUNTS)
         self.params_max_tokens = histogram("request_params_max_tokens", "max_tokens of a request, where given", _COUNTS)
@@ -150,7 +157,7 @@ class _TokenTimes(Collector):
         name, text = "sluice_inter_token_latency_seconds", "Time between tokens of a stream"
         family = HistogramMetricFamily(name, text, labels=_LABELS)
         for labels, times in self._told.items():
-            family.add_metric(labels, _buckets(times.bounds, times.counts), times.total)
+            family.add_metric(labels, buckets(times.bounds, times.counts), times.total)
         yield family
 
 
@@ -172,6 +179,9 @@ class _EngineNumbers(Collector):
             gauges[name] = GaugeMetricFamily(f"sluice_{name}", text, labels=_LABELS)
         for name, text in _COUNTERS.items():
             counters[name] = CounterMetricFamily(f"sluice_{name}", text, labels=_LABELS)
+        sources = CounterMetricFamily(
+            "sluice_prompt_tokens_by_source", "Prompt tokens, computed or found in the cache", labels=(*_LABELS, "source")
+        )
         for tenant, part in stats.tenants.items():
             labels = (names[tenant], tenant.value)
             gauges["num_requests_running"].add_metric(labels, part.running)
@@ -182,10 +192,15 @@ class _EngineNumbers(Collector):
             counters["computed_tokens"].add_metric(labels, part.counters.computed_tokens)
             counters["recomputed_tokens"].add_metric(labels, part.counters.recomputed_tokens)
             counters["num_preemptions"].add_metric(labels, part.counters.preemptions)
+            counters["corrupted_requests"].add_metric(labels, part.counters.corrupted)
+            cached = part.counters.cached_prompt_tokens
+            sources.add_metric((*labels, "local_compute"), part.counters.prompt_tokens - cached)
+            sources.add_metric((*labels, "local_cache_hit"), cached)
             counters["prefix_cache_queries"].add_metric(labels, part.prefix_queries)
             counters["prefix_cache_hits"].add_metric(labels, part.prefix_hits)
         yield from gauges.values()
         yield from counters.values()
+        yield sources
         pages = GaugeMetricFamily("sluice_kv_pages", "Pages of KV memory", labels=("state",))
         pages.add_metric(("total",), stats.kv_pages)
         pages.add_metric(("free",), stats.kv_pages_free)
@@ -236,6 +251,15 @@ class _EngineNumbers(Collector):
         for state, share in shares.items():
             size.add_metric((state,), share * stats.kv_bytes)
         yield size
+        memory = GaugeMetricFamily(
+            "sluice_memory_bytes", "Memory of all models: weights, KV, and host copies of KV", labels=("kind", "model_name")
+        )
+        for name, weights in stats.weight_bytes.items():
+            memory.add_metric(("weights", name), weights)
+        memory.add_metric(("kv", ""), stats.kv_bytes)
+        if (host := stats.tenants[Tenant.OFFLINE].host) is not None:
+            memory.add_metric(("host_copies", ""), host.slots * host.page_bytes)
+        yield memory
 
     @staticmethod
     def _waiting(stats: Stats, names: dict[Tenant, str]) -> Metric:
@@ -304,24 +328,23 @@ def _device_metrics(engine: Engine, stats: Stats) -> Iterator[Metric]:
         parts.add_metric(tuple(part.split("_")), value)
     yield parts
     timeline = engine.timeline
-    holds = timeline.hold_seconds
+    holds = timeline.parked_seconds if stats.sharing is None else timeline.hold_seconds
     steps = HistogramMetricFamily("sluice_step_seconds", "Time of a step by whom it served", labels=("tenant",))
     for tenant, times in timeline.step_seconds.items():
-        steps.add_metric((tenant.value,), _buckets(times.bounds, times.counts), times.total)
+        steps.add_metric((tenant.value,), buckets(times.bounds, times.counts), times.total)
     yield steps
     tokens = timeline.step_tokens
     model = (engine.resolve(None, Tenant.ONLINE).id, Tenant.ONLINE.value)
     yield _histogram(
         "sluice_iteration_tokens_total", "Tokens computed in a step", tokens.bounds, tokens.counts, tokens.total, model
     )
-    if stats.sharing is not None:
-        yield _histogram(
-            "sluice_preempted_duration_seconds",
-            "How long the offline worker stood still at a time",
-            holds.bounds,
-            holds.counts,
-            holds.total,
-        )
+    yield _histogram(
+        "sluice_preempted_duration_seconds",
+        "How long the offline worker stood still at a time, or with one model an offline pass that made way",
+        holds.bounds,
+        holds.counts,
+        holds.total,
+    )
     yield GaugeMetricFamily("sluice_step_age_seconds", "Age of the step that runs now", value=engine.step_age())
 
 
@@ -348,6 +371,10 @@ def _sharing_metrics(sharing: SharingStats) -> Iterator[Metric]:
     )
     yield CounterMetricFamily("sluice_reclaims", "Times online ran out of slabs and took some", value=sharing.reclaims)
     yield CounterMetricFamily("sluice_reclaimed_slabs", "Slabs taken in reclaims", value=sharing.reclaimed_slabs)
+    took = sharing.reclaim_seconds
+    yield _histogram(
+        "sluice_reclaim_seconds", "Time that online waited for slabs to be taken", took.bounds, took.counts, took.total
+    )
     slabs = GaugeMetricFamily("sluice_slabs", "Slabs of KV memory by owner", labels=("owner",))
     for tenant, count in sharing.slabs.items():
         slabs.add_metric((tenant.value,), count)
@@ -370,13 +397,14 @@ def _histogram(
 ) -> HistogramMetricFamily:
     """A histogram from counts per bucket, of which the last holds what is beyond the largest bound."""
     if labels is None:
-        return HistogramMetricFamily(name, text, buckets=_buckets(bounds, counts), sum_value=total)
+        return HistogramMetricFamily(name, text, buckets=buckets(bounds, counts), sum_value=total)
     family = HistogramMetricFamily(name, text, labels=_LABELS)
-    family.add_metric(labels, _buckets(bounds, counts), total)
+    family.add_metric(labels, buckets(bounds, counts), total)
     return family
 
 
-def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+def buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+    """Counts per bucket, of which the last holds what is beyond the largest bound, as Prometheus adds them up."""
     return list(zip([*(str(float(bound)) for bound in bounds), "+Inf"], accumulate(counts), strict=True))
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from engine import batch, top
 from server import cli
+from server.app import ROUTES
+from server.openapi import plain_path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("nvdriver/*.md"), *ROOT.glob("deploy/*.md")])
@@ -70,8 +72,15 @@ def test_modules_that_are_run_exist(document: Path) -> None:
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
-def test_every_fault_has_the_tests_it_names() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text(encoding="utf-8")))
+def test_every_route_is_in_the_table() -> None:
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`((?:GET|POST|DELETE) /\S+)`", text))
+    assert listed == {f"{route.method} {plain_path(route.path)}" for route in ROUTES}
+
+
+@pytest.mark.parametrize("document", ["docs/faults.md", "docs/api.md"])
+def test_the_tests_that_are_named_exist(document: str) -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text(encoding="utf-8")))
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     real = set(re.findall(r"^ *(?:async )?def (test_\w+)\(", text, re.MULTILINE))
     assert named

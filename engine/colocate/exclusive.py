@@ -33,7 +33,7 @@ from engine.memory.reserve import make_reserve, most_cached
 from engine.memory.slabs import SlabPool
 from engine.memory.victims import VICTIMS, Holdings
 from engine.memory.window import Window
-from engine.timeline import Timeline
+from engine.timeline import StepHistogram, Timeline
 from engine.types import Abort, Cost, Submit, Tenant
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class SharingStats:
     request_preemptions: dict[int, int]  # preemptions caused -> finished online requests
     reclaims: int
     reclaimed_slabs: int
+    reclaim_seconds: StepHistogram
     slabs: dict[Tenant, int]
     headroom_slabs: int
     worker: Report | None
@@ -246,6 +247,7 @@ class ExclusiveSharing:
         with self._lock:
             self._arbiter.finish(request, self._clock.now())
             cost.slabs_reclaimed += sum(self._lender.reclaimed_for.pop(name, 0) for name in request_ids)
+            cost.waited_us += round(1e6 * sum(self._lender.waited_for.pop(name, 0.0) for name in request_ids))
             self._wake.notify()
 
     def withdraw(self, request: object) -> None:
@@ -385,6 +387,7 @@ class ExclusiveSharing:
                 request_preemptions=dict(self._request_preemptions),
                 reclaims=self._lender.reclaims,
                 reclaimed_slabs=self._lender.reclaimed_slabs,
+                reclaim_seconds=self._lender.seconds,
                 slabs={tenant: self._slabs.count(tenant) for tenant in Tenant},
                 headroom_slabs=self._lender.reserve.headroom,
                 worker=report,

@@ -21,10 +21,12 @@ from engine.memory.reserve import Reserve
 from engine.memory.slabs import SlabPool
 from engine.memory.victims import Holdings, Victims
 from engine.memory.window import Window
+from engine.timeline import StepHistogram
 from engine.types import Request, Tenant
 
 logger = logging.getLogger(__name__)
 
+_RECLAIM_SECONDS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3, 0.2, 1.0)
 _QUIET_SECONDS = 1.0  # the reserve shrinks by a step per quiet period of this length
 
 
@@ -55,6 +57,8 @@ class SlabLender:
         self.reclaimed_slabs = 0
         self.on_reclaim: Callable[[int, int], None] = lambda pages, slabs: None  # told of pages that were wanted, slabs taken
         self.reclaimed_for: Counter[str] = Counter()  # request id -> slabs taken on its behalf
+        self.waited_for: dict[str, float] = {}  # request id -> seconds that took
+        self.seconds = StepHistogram(_RECLAIM_SECONDS)  # that reclaims took, online waiting
         self._last_change = clock.now()
         self._handing_back = threading.Lock()  # so that a late punch never hits a slab that is offline's again
         self._punches: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -74,6 +78,7 @@ class SlabLender:
         theirs = self._slabs.owned(Tenant.OFFLINE)
         if self.reserve.fixed_share is not None or not theirs:
             return
+        began = self._clock.now()
         self.reserve.reclaimed()
         wanted = -(-num_pages // self._kv.pool.pages_per_slab) + self.reserve.headroom
         taken = self._victims(theirs, min(wanted, len(theirs)), self._holdings())
@@ -83,6 +88,8 @@ class SlabLender:
         self.reclaimed_for[request.id] += len(taken)
         self.on_reclaim(num_pages, len(taken))
         self._last_change = self._clock.now()
+        self.seconds.add(self._last_change - began)
+        self.waited_for[request.id] = self.waited_for.get(request.id, 0.0) + self._last_change - began
 
     def rehearse(self) -> None:
         """Take a slab and give it back, while nobody has work: what a reclaim does, to be seen to work before one is needed."""

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.errors import RequestFailed
+from engine.errors import NOT_FINITE, RequestFailed
 from engine.types import Guide, SamplingParams, TokenLogprob
 
 LOGPROB_FLOOR = -9999.0  # stands for minus infinity, which JSON has no word for
@@ -101,7 +101,7 @@ class Sampled:
 
     def _outcome(self, place: int, best: float, token: int) -> Sample:
         if not math.isfinite(best):
-            return Sample(error="the model's logits are not finite")
+            return Sample(error=NOT_FINITE)
         return self.chosen.get(place) or Sample(token)
 
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.errors import RequestFailed
+from engine.errors import NOT_FINITE, RequestFailed
 from engine.kernels.sampling import Sample, SampledRow, allowed_ids, floored, is_masked, takes_likeliest
 from engine.types import TokenLogprob
 
@@ -254,7 +254,7 @@ class DeviceSampled:
 
 def _outcome(best: float, token: int, logprob: TokenLogprob | None, error: str | None) -> Sample:
     if not math.isfinite(best):
-        return Sample(error="the model's logits are not finite")
+        return Sample(error=NOT_FINITE)
     if error is not None:
         return Sample(error=error)
     if token < 0:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.clock import Clock
+from engine.errors import NOT_FINITE
 from engine.memory.host import Transfer
 from engine.memory.manager import KVManager
 from engine.sched.latency import Load, StepTime
@@ -37,6 +38,8 @@ class TenantCounters:
     computed_tokens: int = 0  # tokens whose KV was computed, recomputation included
     recomputed_tokens: int = 0  # of those, the ones computed before and lost
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0  # of those, the ones whose KV was there already
+    corrupted: int = 0  # requests that ended because their logits were no numbers
     generated_tokens: int = 0
     preemptions: int = 0
     lost_tokens: int = 0  # whose KV the preempted requests had
@@ -489,6 +492,7 @@ class Scheduler:
 
     def _apply(self, request: Request, row: PlanRow, result: RowResult) -> TokenOut | None:
         if result.error is not None:
+            self.counters[request.tenant].corrupted += result.error == NOT_FINITE
             return self._finish(request, FinishReason.ERROR, error=result.error)
         counters = self.counters[request.tenant]
         counters.computed_tokens += row.count
@@ -503,6 +507,7 @@ class Scheduler:
             return None
         if end == request.num_prompt:
             counters.prompt_tokens += request.num_prompt
+            counters.cached_prompt_tokens += min(request.num_cached, request.num_prompt)
         counters.generated_tokens += 1
         tokens = request.tokens
         tokens.append(result.token)

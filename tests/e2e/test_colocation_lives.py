@@ -171,6 +171,7 @@ def test_online_takes_what_it_needs_and_no_answer_changes(models: Models) -> Non
 
         after = sharing(engine)
         assert after.reclaims >= 1
+        assert sum(after.reclaim_seconds.counts) == after.reclaims and after.reclaim_seconds.total > 0
         assert after.headroom_slabs > first.headroom_slabs
         assert sum(generation.cost.slabs_reclaimed for generation in running) == after.reclaimed_slabs
         assert sum(generation.cost.preemptions for generation in running) == after.preemptions == 1

@@ -358,6 +358,7 @@ async def test_metrics_of_jobs(engine: Engine, tmp_path: Path) -> None:
         after = samples()
         assert after[("sluice_batch_requests_total", "completed")] == 1
         assert after[("sluice_batch_requests_total", "failed")] == 1
+        assert after[("sluice_batch_output_fsync_seconds_count",)] >= 1
 
 
 async def test_a_job_that_will_miss_its_window_says_so_early(engine: Engine, tmp_path: Path) -> None:

@@ -219,6 +219,10 @@ async def test_the_page_in_a_browser(pair: Engine, tmp_path: Path) -> None:
             assert await page.until("new Promise(done => requestAnimationFrame(() => done(true)))")
             assert await page.value("document.documentElement.scrollWidth") <= width, "nothing sticks out"
         state = await page.value("last")
+        pair.pause("offline")
+        await page.until("document.getElementById('status').textContent === 'ready, offline paused'")
+        pair.resume()
+        await page.until("document.getElementById('status').textContent === 'ready'")
         assert page.problems == []
     assert len(shares) == 6 and sum(float(share.removesuffix(" %")) for share in shares) == pytest.approx(100, abs=3)
     assert painted

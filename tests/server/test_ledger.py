@@ -111,7 +111,8 @@ async def test_metrics_of_two_tenants(pair: Engine) -> None:
     stats = pair.stats().sharing
     assert found["sluice_slabs", "online"] + found["sluice_slabs", "offline"] == sum(stats.slabs.values())
     assert found["sluice_online_headroom_slabs",] >= 1
-    for name in ("reclaims_total", "preemption_latency_seconds_count", "request_preemptions_count"):
+    histograms = ("reclaim_seconds", "preempted_duration_seconds", "preemption_latency_seconds", "request_preemptions")
+    for name in ("reclaims_total", *(f"{histogram}_count" for histogram in histograms)):
         assert (f"sluice_{name}",) in found
     for reason in ("arrival", "false_alarm"):
         assert ("sluice_preemptions_total", reason) in found
@@ -119,4 +120,7 @@ async def test_metrics_of_two_tenants(pair: Engine) -> None:
     assert found["sluice_recomputed_tokens_total", "night", "offline"] >= 0
     aliases = [key for key in found if key[0].startswith("vllm:")]
     assert aliases
+    weights = {key[2]: value for key, value in found.items() if key[:2] == ("sluice_memory_bytes", "weights")}
+    assert weights.keys() == {"org/tiny", "night"} and min(weights.values()) > 0
+    assert found["sluice_memory_bytes", "kv", ""] == pair.stats().kv_bytes
     assert not any("night" in key for key in aliases)

@@ -26,6 +26,8 @@ VLLM = {
     "cache_config_info": "gauge",
     "prompt_tokens": "counter",
     "prompt_tokens_cached": "counter",
+    "prompt_tokens_by_source": "counter",
+    "corrupted_requests": "counter",
     "generation_tokens": "counter",
     "num_preemptions": "counter",
     "request_success": "counter",
@@ -40,6 +42,7 @@ VLLM = {
     "request_prefill_time_seconds": "histogram",
     "request_decode_time_seconds": "histogram",
     "request_prompt_tokens": "histogram",
+    "request_prefill_kv_computed_tokens": "histogram",
     "request_generation_tokens": "histogram",
     "request_params_n": "histogram",
     "request_params_max_tokens": "histogram",
@@ -174,3 +177,52 @@ async def test_what_was_refused_and_why(engine: Engine) -> None:
             assert (await server.post(CHAT, SHORT | {"service_tier": "flex"}))[0] == 429
         _, values = await scrape(server)
     assert values["sluice_admission_rejections_total"] == {("resource_unavailable",): 1.0}
+
+
+async def test_where_prompt_tokens_come_from(engine: Engine) -> None:
+    """The second request finds the first one's pages: sums over the sources are all prompt tokens."""
+    name, mine = "sluice_prompt_tokens_by_source_total", ("org/tiny", "online")
+    body = {"prompt": [7] * 50, "max_tokens": 1, "cache_salt": "of this test alone"}
+    async with serving(engine) as server:
+        _, before = await scrape(server)
+        for _ in range(2):
+            assert (await server.post("/v1/completions", body))[0] == 200
+        _, after = await scrape(server)
+    computed, cached = (
+        after[name]["org/tiny", source, "online"] - before[name]["org/tiny", source, "online"]
+        for source in ("local_compute", "local_cache_hit")
+    )
+    assert (computed, cached) == (100 - 48, 48), "three pages of 16"
+    assert sum(after[name].values()) == sum(after["sluice_prompt_tokens_total"].values())
+    assert after["sluice_request_prefill_kv_computed_tokens_sum"][mine] == computed
+    assert after["vllm:prompt_tokens_by_source_total"]["0", "org/tiny", "local_cache_hit"] >= 48
+
+
+async def test_requests_whose_logits_are_no_numbers_are_counted(tmp_path: Path) -> None:
+    with make_engine(tmp_path) as engine:
+        runner: Any = engine._core.runner
+        runner._model._embedding[100] = float("nan")
+        async with serving(engine) as server:
+            assert (await server.post("/v1/completions", {"prompt": [3, 100, 5], "max_tokens": 2}))[0] == 500
+            _, values = await scrape(server)
+    assert values["sluice_corrupted_requests_total"] == {("org/tiny", "online"): 1.0, ("org/tiny", "offline"): 0.0}
+
+
+async def test_what_offline_work_cost_with_one_model(long_engine: Engine) -> None:
+    """An arrival in the midst of an offline pass waits for its layer: its answer says so, and the pass stands still."""
+    async with serving(long_engine) as server:
+        flex = asyncio.create_task(server.post(CHAT, ENDLESS | {"service_tier": "flex"}))
+        told: list[int] = []
+        while not told or not told[-1]:
+            async with server.client.post(server.url + CHAT, json=SHORT | {"return_colocation": True}) as response:
+                cost = (await response.json())["usage"]["colocation"]
+                told.append(cost["waited_us"])
+                waited = f"waited_us={cost['waited_us']};preemptions=0;slabs_reclaimed=0"
+                assert response.headers["x-sluice-colocation"] == waited
+        _, values = await scrape(server)
+        assert values["sluice_online_interference_seconds_total"][()] == pytest.approx(sum(told) / 1e6, abs=1e-6 * len(told))
+        while not (await scrape(server))[1]["sluice_preempted_duration_seconds_count"][()]:
+            await server.post(CHAT, SHORT)
+        flex.cancel()
+        await asyncio.gather(flex, return_exceptions=True)
+        await server.idle()

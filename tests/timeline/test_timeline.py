@@ -118,6 +118,9 @@ def test_a_parked_step_is_cut_and_its_tokens_count_once() -> None:
     whole = [span for span in spans if not span.cut]
     assert sum(span.offline_prefill for span in whole) == 40
     assert sum(timeline.step_tokens.counts) == len(whole)
+    assert sum(timeline.parked_seconds.counts) == 1
+    assert timeline.parked_seconds.total == pytest.approx(spans[2].start - spans[0].end)
+    assert timeline.parked_seconds.total == pytest.approx(spans[1].seconds), "it stood while the arrival was served"
 
 
 def test_tokens_computed_again_are_prefill() -> None:

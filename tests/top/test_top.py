@@ -42,9 +42,13 @@ async def test_once(engine: Engine) -> None:
             assert (await server.post("/v1/chat/completions", CHAT))[0] == 200
         await engine.submit("x", SamplingParams(max_tokens=20, ignore_eos=True), tenant="offline").completion()
         engine.timeline.event("reclaim", "[bold]not markup[/bold]", slabs=3)
-        status, out, err = await top(server.url, "--once")
+        engine.pause("offline")
+        try:
+            status, out, err = await top(server.url, "--once")
+        finally:
+            engine.resume()
     assert (status, err) == (0, "")
-    assert "Sluice ready" in out and "org/tiny (online)" in out
+    assert "Sluice ready, offline paused" in out and "org/tiny (online)" in out
     assert re.search(r"^online +0 +0 +3 .* ms, .* ms", out, re.MULTILINE)
     assert re.search(r"^target +10 min *$", out, re.MULTILINE)
     assert any(level in out for level in "▁▂▃▄▅▆▇█")
