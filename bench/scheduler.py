@@ -1,7 +1,7 @@
 """What scheduling costs, without a model: `python -m bench.scheduler [depth|replay]`.
 
 depth   time of the scheduler per step and resident memory, for jobs of 1,000 to 100,000 offline lines at 256 running; once
-        streamed with a bounded number in flight, as a batch job is, and once with every line queued in the scheduler.
+        streamed with a bounded number in flight, as a server's batch is, and once with every line queued in the scheduler.
 replay  a trace (a public file, or a generated hour) on the manual clock, alone or also with an offline backlog in the gaps.
 
 Times are those of `Scheduler.add`, `schedule` and `update`; the fake runner's own time is not in them.
@@ -40,7 +40,7 @@ from engine.types import FinishReason, Request, SamplingParams, Submit, Tenant, 
 PAGE_SIZE = 16
 PAGES_PER_SLAB = 64
 VOCAB_SIZE = 1000
-IN_FLIGHT = 2  # times max_num_seqs: what a streamed job keeps in the scheduler
+IN_FLIGHT = 2  # times max_num_seqs: what a server's batch keeps in the scheduler
 STEP_AIM_MS = 1.0
 REPLAY_AIM_S = 60.0
 
