@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
 from server.listen import bind
+from server.run import settle_garbage
 from server.service import Service
 
 _TICK = 0.005  # seconds between two looks at how late the loop is
@@ -128,8 +128,7 @@ async def _serve(args: argparse.Namespace) -> None:
     listener = await loop.create_server(factory, sock=bind(ServerConfig(port=0)), backlog=4096)
     lag = Lag()
     watch = asyncio.create_task(lag.watch())
-    gc.collect()
-    gc.freeze()  # as the real server does when its model is loaded
+    settle_garbage()
     print(json.dumps({"port": listener.sockets[0].getsockname()[1]}), flush=True)
     while await reader.readline():
         print(json.dumps(lag.take()), flush=True)

@@ -429,7 +429,7 @@ class Engine:
             self._backlog.add(key, params.n, len(tokens))
         try:
             for index in range(params.n):
-                one = replace(params, seed=seed).for_choice(index)
+                one = params.for_choice(index, seed)
                 assert one.seed is not None
                 put(
                     Submit(

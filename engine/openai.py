@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -37,7 +36,7 @@ from engine.replies import Chunks, Head, Json, Prompt
 from engine.tokenizer import CHARS_PER_TOKEN
 from engine.tool_calls import FORMATS, Reader, ToolFormat, detect
 from engine.types import Completion, Cost, FinishReason, Grammar, ModelCard, Tenant
-from engine.wire import decode, unsupported
+from engine.wire import decode, fresh_id, unsupported
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -219,6 +218,8 @@ async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -
     except asyncio.CancelledError:
         future.add_done_callback(_abort_orphan)  # the thread may still submit, and nobody would read it
         raise
+    finally:
+        del future  # it has the error, and that this frame: a circle, in which the prompt would stay until it is collected
 
 
 def _has_slow_template(engine: Engine, call: Call) -> bool:
@@ -244,7 +245,7 @@ def _submit(engine: Engine, call: Call, request_id: str | None) -> Job:
     if tools is not None:
         call = _with_calls(call, tools)
     head = Head(
-        id=("chatcmpl-" if call.shape.chat else "cmpl-") + uuid.uuid4().hex,
+        id=("chatcmpl-" if call.shape.chat else "cmpl-") + fresh_id(),
         created=int(time.time()),  # noqa: TID251 - a stamp for clients
         model=card.id,
         tier=replies.tier_of(tenant),

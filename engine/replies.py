@@ -7,6 +7,7 @@ that JSON cannot carry: log-probabilities have a floor.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,7 @@ def tier_of(tenant: Tenant) -> str:
     return "flex" if tenant is Tenant.OFFLINE else "default"
 
 
+@functools.lru_cache
 def fingerprint(card: ModelCard) -> str:
     """Equal for servers whose outputs should be equal."""
     return "fp_" + hashlib.sha256(f"{card.id}/{card.max_model_len}/{card.vocab_size}".encode()).hexdigest()[:12]

@@ -199,10 +199,9 @@ class SamplingParams:
             _integer("logit_bias", token, 0, (vocab_size or _INT64) - 1)
             _number("logit_bias", bias, -100.0, 100.0)
 
-    def for_choice(self, index: int) -> SamplingParams:
-        """The parameters of choice `index` of `n`: the same request with a seed of its own."""
-        seed = self.seed if self.seed is None or index == 0 else (self.seed + index * 0x9E3779B9) % _INT64
-        return replace(self, n=1, seed=seed)
+    def for_choice(self, index: int, seed: int) -> SamplingParams:
+        """The parameters of choice `index` of `n`: the same request with a seed of its own, made from the request's."""
+        return replace(self, n=1, seed=seed if index == 0 else (seed + index * 0x9E3779B9) % _INT64)
 
 
 def uniform(seed: int, index: int) -> float:

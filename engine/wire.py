@@ -5,6 +5,7 @@ Shared by everything that reads a request. Types are strict (a bool is no int, "
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ MAX_CONTAINERS = 1 << 18  # lists and objects of a body, about
 _SMALL = 1 << 18  # bytes of JSON that decode fast enough whatever they hold
 _CHUNK = 1 << 20
 _T = TypeVar("_T")
+_numbers = random.Random()
 _PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
 
 
@@ -89,6 +91,11 @@ def clean_text(text: str, param: str) -> str:
     except UnicodeEncodeError:
         raise InvalidRequest(f"{param} contains a lone surrogate", param=param) from None
     return text
+
+
+def fresh_id() -> str:
+    """32 digits that no other request has. They are no secret: asking the kernel would lend away the interpreter lock."""
+    return f"{_numbers.getrandbits(128):032x}"
 
 
 def required(param: str) -> InvalidRequest:

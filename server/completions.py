@@ -47,7 +47,8 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     may_be_online = Tenant.ONLINE in client.tenants and request.headers.get(TIER_HEADER) != "flex"
     with engine.arriving(online=may_be_online) as arrival:
         call = await read_json(request, lambda body: parse(url, body))
-        call = replace(call, priority=clamp_priority(call.priority, service.config))
+        if (priority := clamp_priority(call.priority, service.config)) != call.priority:
+            call = replace(call, priority=priority)
         tenant = tenant_of(call, engine.resolve(call.model, call.tenant))
         if tenant is Tenant.OFFLINE:
             arrival.withdraw()

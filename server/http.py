@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from aiohttp import web
 from engine.errors import InvalidRequest, SluiceError
 from engine.openai import Answer, decode, error_answer, error_body
 from engine.replies import Json
+from engine.wire import fresh_id
 from server import cors
 from server.admission import Body, Refused
 from server.auth import Access
@@ -68,7 +68,8 @@ async def read_json(request: web.Request, understand: Callable[[Json], T]) -> T:
 
 async def _read(request: web.Request, body: Body, config: ServerConfig) -> None:
     try:
-        async with asyncio.timeout(config.body_timeout or None):
+        here = request.content.is_eof()  # as small ones are, which come with their headers
+        async with asyncio.timeout(None if here else config.body_timeout or None):
             while chunk := await request.content.readany():
                 body.add(chunk)
                 if len(body.data) > config.max_body_size:
@@ -94,7 +95,7 @@ def border(access_of: Callable[[web.Request], Access]) -> Any:
     async def run(request: web.Request, handler: Handler) -> web.StreamResponse:
         service = request.app[SERVICE]
         given = request.headers.get("X-Request-Id", "")
-        request[REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else "req-" + uuid.uuid4().hex
+        request[REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else "req-" + fresh_id()
         TRACE.set(trace_of(request[REQUEST_ID], request.headers.get("traceparent")))
         if service.connections is not None:
             service.connections.heard(request.protocol)

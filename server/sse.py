@@ -55,18 +55,18 @@ class EventStream:
     async def end(self) -> None:
         """The last event, and the end of the answer. Raises as `send` does."""
         await self.fall_silent()
-        self._last_write = self._loop.time()
-        await self._patiently(self.response.write_eof(_DONE))
+        await self._write(_DONE, last=True)
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, *, last: bool = False) -> None:
         self._last_write = self._loop.time()
+        write = self.response.write_eof if last else self.response.write
         transport = self._request.transport
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() + len(data) >= _ROOM:
-            await self._patiently(self.response.write(data))
-        elif self._begun and self._chunked:  # as aiohttp would, without what it does for other kinds of answers
+            await self._patiently(write(data))
+        elif self._begun and self._chunked and not last:  # as aiohttp would, without what it does for other kinds of answers
             transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         else:
-            await self.response.write(data)  # cannot wait, so it needs no timer
+            await write(data)  # cannot wait, so it needs no timer
             self._begun = True
 
     async def _patiently(self, writing: Awaitable[None]) -> None:

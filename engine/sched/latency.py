@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 
 from engine.sched.plan import PlanRow
@@ -42,10 +43,15 @@ class Load:
 
     @classmethod
     def of(cls, rows: Iterable[PlanRow]) -> Load:
-        load = cls()
+        tokens = decode_context = chunk_attention = 0
         for row in rows:
-            load = load.plus(row.start, row.count)
-        return load
+            count = row.count
+            tokens += count
+            if count == 1:
+                decode_context += row.start + 1
+            else:
+                chunk_attention += count * (2 * row.start + count) // 2
+        return cls(tokens, min(tokens, 16), decode_context, chunk_attention)
 
     def features(self) -> tuple[float, ...]:
         """Scaled so that all are of the order of one in a full step."""
@@ -106,7 +112,7 @@ class StepTime:
         for _ in range(_ROUNDS):
             for index, row in enumerate(products):
                 if row[index] > 0:
-                    missing = targets[index] - sum(a * b for a, b in zip(row, weights, strict=True))
+                    missing = targets[index] - sum(map(mul, row, weights))
                     weights[index] = max(0.0, weights[index] + missing / row[index])
 
     def save(self, path: Path) -> None:

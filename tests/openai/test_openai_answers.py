@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from serving import ENDLESS, LONG_CONTEXT, MESSAGES, HeldTokenizer, make_engine
 
 from engine import Engine
-from engine.errors import EngineDead, Overloaded, RequestFailed, ShuttingDown
+from engine.errors import ContextTooLong, EngineDead, Overloaded, RequestFailed, ShuttingDown
 from engine.openai import CHAT, COMPLETIONS, answer, error_answer, parse, submit
 from engine.replies import Chunks, Head, Prompt, Shape
 from engine.types import Delta, FinishReason, Tenant
@@ -383,6 +386,23 @@ async def test_an_online_prompt_never_stands_in_line_behind_a_job(
         finally:
             go_on.set()
         assert {line.status for line in await asyncio.gather(*lines)} == {200}
+
+
+async def test_an_error_from_another_thread_goes_with_its_reader(engine: Engine) -> None:
+    """A circle of references would keep the prompt with it, however large, until somebody looks for circles."""
+    call = parse(COMPLETIONS, {"prompt": "too long " * 2000})
+    gc.disable()
+    try:
+        with pytest.raises(ContextTooLong) as caught:
+            await submit(engine, call)
+        left = weakref.ref(caught.value)
+        del caught
+        deadline = time.monotonic() + 30
+        while left() is not None:  # the thread lets go of it when it is done
+            assert time.monotonic() < deadline, "only the collector can free it"
+            await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 class NoWords:
