@@ -3,8 +3,8 @@
 copies  bytes per second of whole pages between window and store: page-major, as they lie, against one piece a layer.
 resume  a request that lost its KV, to its next token: copied back against computed again, per length of context.
 batch   a job whose running requests need {0.5, 1, 2, 4} times the KV memory there is, by four rules: start what fits to its
-        end (smaller batch); start what fits now and compute again what gives way (recompute); the host tier; and, to see
-        what its rule for turns avoids, the host tier as if a turn always paid.
+        bound, since nobody knows where an output will end (smaller batch); the same where all lengths are known beforehand;
+        start what fits now and compute again what gives way (recompute); the host tier.
 
 All on one model in this process, arms interleaved in each round; medians, with the lowest and the highest round.
 """
@@ -39,9 +39,10 @@ from engine.runner import ModelRunner
 from engine.sched.latency import StepTime
 from engine.sched.plan import StepPlan, StepResult
 from engine.sched.policies import make_policy
+from engine.sched.predictor import OutputLengths
 from engine.sched.rotation import Rotation
 from engine.sched.scheduler import Scheduler
-from engine.types import SamplingParams, Submit, Tenant, TokenOut
+from engine.types import Request, SamplingParams, Submit, Tenant, TokenOut
 
 OFFLINE = Tenant.OFFLINE
 MIB = 2**20
@@ -205,25 +206,37 @@ def copied(core: EngineCore, request_id: str) -> float:
 # -- batch
 
 
-class Always(Rotation):
-    """Turns as if they always paid, and at least these steps long."""
+class Eager(Rotation):
+    """Starts whoever fits for the next few steps, whatever giving way costs."""
 
     def turn(self, request: object, others: object) -> float:
-        return 32.0
+        return 8.0
+
+
+class Bounds(OutputLengths):
+    """Nothing is known of a length but that it is at most so many tokens."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def remaining(self, request: Request) -> int:
+        return max(1, self._most - request.num_output)
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     name: str
-    host: bool
-    always: bool
+    host: bool = False
+    eager: bool = False
+    lengths_known: bool = False
 
 
 ARMS = (
-    Arm("smaller batch", host=False, always=False),
-    Arm("recompute", host=False, always=True),
-    Arm("host tier", host=True, always=False),
-    Arm("host tier, always turning", host=True, always=True),
+    Arm("smaller batch"),
+    Arm("smaller batch, lengths known", lengths_known=True),
+    Arm("recompute", eager=True),
+    Arm("host tier", host=True),
 )
 
 
@@ -241,8 +254,10 @@ class Run:
 def play(bench: Bench, arm: Arm, num_pages: int, job: Sequence[tuple[list[int], int]], store: HostStore) -> Run:
     core = bench.core(num_pages, store if arm.host else None)
     scheduler = core.scheduler
-    if arm.always:
-        scheduler.rotation = Always(scheduler.kv, scheduler.step_time)
+    if arm.eager:
+        scheduler.rotation = Eager(scheduler.kv, scheduler.step_time)
+    if not arm.lengths_known:
+        scheduler._lengths = Bounds(bench.args.bound)
     outputs: dict[str, list[int]] = {}
     for index, (prompt, output) in enumerate(job):
         submit(core, str(index), prompt, output)
@@ -284,19 +299,20 @@ def batch(bench: Bench) -> list[dict[str, Any]]:
     for ratio in args.ratios:
         num_pages = max(int(need / ratio), largest[0])
         runs: dict[str, list[Run]] = {arm.name: [] for arm in ARMS}
-        for _ in range(args.rounds + 1):
-            for arm in ARMS:
+        play(bench, ARMS[0], num_pages, [(prompt, args.output // 4) for prompt, _ in job[: args.seqs]], store)  # warms up
+        for number in range(args.rounds):
+            for place in range(len(ARMS)):
+                arm = ARMS[(place + number) % len(ARMS)]
                 runs[arm.name].append(play(bench, arm, num_pages, job, store))
         tokens = [run.outputs for arm in ARMS for run in runs[arm.name]]
         assert all(outputs == tokens[0] for outputs in tokens), "the arms' tokens differ"
         for arm in ARMS:
-            kept = runs[arm.name][1:]
-            entry: dict[str, Any] = {"need": ratio, "pages": num_pages, "arm": arm.name}
+            entry: dict[str, Any] = {"prompt": args.prompt, "need": ratio, "pages": num_pages, "arm": arm.name}
             for name in ("tokens_per_s", "rows", "in_flight", "preemptions", "recomputed", "restored"):
-                entry[name] = spread([getattr(run, name) for run in kept])
+                entry[name] = spread([getattr(run, name) for run in runs[arm.name]])
             results.append(entry)
             print(
-                f"need {ratio:3} x memory  {arm.name:26} {shown(entry['tokens_per_s'])} tokens/s  rows {shown(entry['rows'])}  "
+                f"need {ratio:3} x memory  {arm.name:28} {shown(entry['tokens_per_s'])} tokens/s  rows {shown(entry['rows'])}  "
                 f"in flight {shown(entry['in_flight'])}  preempted {shown(entry['preemptions'], 0)}  "
                 f"recomputed {shown(entry['recomputed'], 0)}  restored {shown(entry['restored'], 0)}", flush=True,
             )  # fmt: skip
@@ -307,20 +323,27 @@ def batch(bench: Bench) -> list[dict[str, Any]]:
 TABLES: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {"copies": copies, "resume": resume, "batch": batch}
 
 
+def which(row: dict[str, Any]) -> tuple[int, float]:
+    """What is measured together in the table of batches; one and the same in the others."""
+    return row.get("prompt", 0), row.get("need", 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host_tier", description=__doc__.split("\n")[0])
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which to make (default: all)")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--kv-memory", type=int, default=400 * MIB)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds kept; one more warms up")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; something short before the first warms up")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512, 1024, 2048])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1, 2, 4])
     parser.add_argument("--seqs", type=int, default=16, help="most requests of a step")
-    parser.add_argument("--requests", type=int, default=32, help="requests of the job")
+    parser.add_argument("--requests", type=int, default=24, help="requests of the job")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=96, help="tokens of an output, on average")
+    parser.add_argument("--output", type=int, default=192, help="tokens of an output, on average")
+    parser.add_argument("--bound", type=int, help="most tokens of an output, as a request says (default: 3 times the average)")
     parser.add_argument("--out", type=Path, help="where to write the numbers as JSON; tables already there are kept")
     args = parser.parse_args()
+    args.bound = args.bound or 3 * args.output
     bench = Bench(args)
     found: dict[str, Any] = {}
     if args.out is not None and args.out.exists():
@@ -334,8 +357,8 @@ def main() -> None:
         }
         earlier = found.get(name, {"rows": []})["rows"] if name == "batch" else []
         fresh = TABLES[name](bench)
-        earlier = [row for row in earlier if row["need"] not in {row["need"] for row in fresh}]
-        found[name] = {"about": about, "rows": sorted([*earlier, *fresh], key=lambda row: row.get("need", 0))}
+        earlier = [row for row in earlier if which(row) not in map(which, fresh)]
+        found[name] = {"about": about, "rows": sorted([*earlier, *fresh], key=which)}
         if args.out is not None:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -17,7 +17,7 @@ from engine.types import Request, Tenant
 
 _LEAST_GAIN = 0.01  # of a batch with one row more; less than this cannot be told from noise
 _MARGIN = 2.0  # a turn gains this many times what it costs
-_LEAST_TURN = 16  # steps
+_LEAST_TURN = 8  # steps: half a page on average, which is what giving way computes again
 _WEIGHT = 0.1  # of a new measurement of copies
 _FORGET = 0.995  # weight of a decode step after one more
 
