@@ -60,6 +60,8 @@ class Window:
     tpot: dict[str, float] = field(default_factory=dict)
     offline_tokens: int = 0  # processed, prompts and outputs, those computed again not counted twice
     recomputed: int = 0
+    copied: int = 0  # tokens of offline KV to the host
+    restored: int = 0  # and back
     responses: list[int] = field(default_factory=list)
     scale: float = 1.0
     believed: float = math.nan  # the control's own estimate of what its metric has increased by
@@ -96,11 +98,12 @@ class Traffic:
         counters = self._core.scheduler.counters[Tenant.OFFLINE]
         began = time.perf_counter()
         self._send(began, 0.0, lead)
-        before, recomputed = counters.computed_tokens, counters.recomputed_tokens
+        before, recomputed, copied = counters.computed_tokens, counters.recomputed_tokens, self._copied()
         self._send(began, lead, lead + seconds)
         window = self.window
         window.seconds = time.perf_counter() - began - lead
         window.recomputed = counters.recomputed_tokens - recomputed
+        window.copied, window.restored = (after - then for after, then in zip(self._copied(), copied, strict=True))
         window.offline_tokens = counters.computed_tokens - before - window.recomputed
         self._open = False
         if self._left:
@@ -126,6 +129,11 @@ class Traffic:
                 self._sent[name] = time.perf_counter()
                 self._put(submit(name, Tenant.ONLINE, request.prompt, request.output_tokens))
         time.sleep(max(0.0, began + end - time.perf_counter()))
+
+    def _copied(self) -> tuple[int, int]:
+        """Tokens copied to the host until now, and those copied back."""
+        host = self._core.host_stats()
+        return (0, 0) if host is None else (host.copied * self._core.scheduler.kv.page_size, host.restored_tokens)
 
     def _saw(self, outs: list[TokenOut]) -> None:
         now = time.perf_counter()

@@ -49,7 +49,7 @@ def pooled(windows: Sequence[Window]) -> dict[str, float]:
         "mean-tpot": 1e3 * statistics.fmean(tpot) if tpot else math.nan,
         "p99-tpot": 1e3 * quantile(tpot, 0.99),
         "offline": sum(window.offline_tokens for window in windows) / max(seconds, 1e-9),
-        "recomputed": sum(window.recomputed for window in windows),
+        **{name: sum(getattr(window, name) for window in windows) for name in ("recomputed", "copied", "restored")},
     }
 
 
@@ -99,8 +99,8 @@ def ablation(rig: Rig) -> Iterator[list[str]]:
         part: list[str] = []
         for found in rounds(rig, arms, trace):
             values = {arm: pooled(found[arm]) for arm in shown if arm in found}
-            part = [_loaded(trace, args), "", *_head("arm", "recomputed")]
-            part += [_row(arm, value, "recomputed") for arm, value in values.items()]
+            part = [_loaded(trace, args), "", *_head("arm", "recomputed", "copied", "restored")]
+            part += [_row(arm, value, "recomputed", "copied", "restored") for arm, value in values.items()]
             part += ["", *_against(values, capped, args.tolerance), ""]
             yield lines + part
         lines += part
@@ -291,13 +291,14 @@ def _loaded(trace: str, args: argparse.Namespace) -> str:
     return f"{trace}, online load {args.load:.0%}:"
 
 
-def _head(first: str, last: str) -> list[str]:
-    return [f"| {first} | TTFT mean ms | p99 | TPOT mean ms | p99 | offline tok/s | {last} |", "|---|--:|--:|--:|--:|--:|--:|"]
+def _head(first: str, *last: str) -> list[str]:
+    names = [first, "TTFT mean ms", "p99", "TPOT mean ms", "p99", "offline tok/s", *last]
+    return [f"| {' | '.join(names)} |", "|---" + "|--:" * (len(names) - 1) + "|"]
 
 
-def _row(name: str, values: dict[str, float], last: str) -> str:
-    cells = [f"{values[metric]:.1f}" for metric in METRICS]
-    return f"| {name} | {' | '.join(cells)} | {values['offline']:.0f} | {values[last]:.0f} |"
+def _row(name: str, values: dict[str, float], *last: str) -> str:
+    cells = [name, *(f"{values[metric]:.1f}" for metric in METRICS), *(f"{values[key]:.0f}" for key in ("offline", *last))]
+    return f"| {' | '.join(cells)} |"
 
 
 # -- command
