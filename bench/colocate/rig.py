@@ -221,7 +221,7 @@ class Rig:
         seconds: float = 0.0, offline: bool = True, key: str = "",
     ) -> Window:  # fmt: skip
         core = self.core(options, arm)
-        made = Backlog(self.built.spec.vocab_size, 160, 32, self.args.seed + 1)
+        made = Backlog(self.built.spec.vocab_size, *self.args.sharing_lengths, self.args.seed + 1)
         numbers = iter(range(1 << 30))
 
         def more() -> Submit:

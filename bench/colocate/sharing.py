@@ -317,9 +317,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sharing-seconds", type=float, default=12.0, help="of each window")
     group.add_argument("--sharing-lead", type=float, default=0.0, help="seconds of traffic before each window, not counted")
     group.add_argument("--sharing-limit", type=float, help="seconds after which no round begins but the first of each trace")
-    group.add_argument("--caps", nargs="+", default=["2", "4", "8", "4/64"],
+    group.add_argument("--caps", nargs="*", default=["2", "4", "8", "4/64"],
         help="ablation: offline tokens a step, or beside online rows / without them, that priority is held to")  # fmt: skip
     group.add_argument("--sharing-depth", type=int, default=48, help="offline requests in flight")
+    group.add_argument("--sharing-lengths", type=int, nargs=2, default=[160, 32], metavar=("PROMPT", "OUTPUT"),
+        help="tokens of an offline request, on average")  # fmt: skip
     group.add_argument("--sharing-kv-memory", type=parse_bytes, default=parse_bytes("512MiB"))
     group.add_argument("--groups", type=int, default=32, help="order: beginnings that lines share")
     group.add_argument("--members", type=int, default=6, help="order: lines for each of them")
