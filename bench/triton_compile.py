@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import triton_attend, triton_ops, triton_sampling, triton_write
+from engine.kernels import triton_attend, triton_ops, triton_pages, triton_sampling, triton_write
 from engine.kernels.triton_config import Launch, launches
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may use
@@ -116,6 +116,11 @@ def other_jobs() -> Iterator[Job]:
     fused = write | {"Q_BLOCKS": 4, "ROTATE": True, "NORM": True}
     yield Job("write", triton_write.write_kernel, model, plain, {"num_warps": 2})
     yield Job("norm rotary write", triton_write.write_kernel, model, fused, {"num_warps": 2})
+    words = {"window_ptr": "*i32:16", "packed_ptr": "*i32:16", "pages_ptr": "*i64:16", "page_stride": "i32:16"}
+    for gather in (True, False):
+        constants = {"WORDS": 524288, "BLOCK": 4096, "GATHER": gather}
+        name = "gather pages" if gather else "scatter pages"
+        yield Job(name, triton_pages.copy_pages_kernel, words, constants, {"num_warps": 4})
     sampling = model | {"logits_ptr": "*fp32:16", "params_ptr": "*fp64:16", "token_ptr": "*i64:16", "counts_ptr": "*i32:16"}
     sampling |= {"rows_ptr": "*i32:16", "ids_ptr": "*i32", "is_output_ptr": "*i32", "bias_ptr": "*fp32:16"}
     sampling |= {"bits_ptr": "*i32:16"}

@@ -50,7 +50,7 @@ _KV_SHARE = 0.25  # of the machine's available memory, unless --kv-cache-memory 
 _KV_CEILING = 8 * 2**30
 _PARKED_BYTES = 256 * 2**20  # hidden states of parked passes; 16,384 tokens at 4096 numbers of two bytes, as Laser keeps
 _PLENTY = 2048  # tokens of a step
-_LIBRARY_BYTES = 2 * 2**30  # of a GPU, for one process
+_LIBRARY_BYTES = 2 * 2**30  # of a GPU, for one process; a host tier's buffers are small beside it
 _SHARED_SLAB_BYTES = 32 * 2**20  # on a GPU; made up to four times as large if that wastes less
 _HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -86,9 +86,6 @@ def plan_memory(config: EngineConfig, specs: Sequence[ModelSpec]) -> Memory:
     granularity, least = (_HOST_PAGE, config.slab_size) if device is None else (device.granule, device.slab_bytes)
     if device is not None and len(specs) > 1:
         least = _SHARED_SLAB_BYTES
-        if config.host_kv_memory:
-            # Its copy engines go on while the worker is frozen, and would meet slabs that are taken (colocate.cuda_slabs).
-            raise InvalidConfig("two models on one GPU cannot have --host-kv-memory yet: leave it out, or serve one model")
     slab_bytes = fit_slab(pages, granularity=granularity, slab_bytes=max(least, config.slab_size))
     if config.kv_cache_memory is not None:
         wanted = config.kv_cache_memory
@@ -210,7 +207,7 @@ def _load_model(
     if work := backend.work_bytes():
         logger.info("steps take up to %.2f GiB; %.2f were set aside", work / 2**30, _work_bytes(config, spec) / 2**30)
     lendable = window if is_shared or not backend.own_memory else None
-    copier = _make_copier(config, layout, window.tensor)
+    copier = _make_copier(config, backend, layout, window.tensor, launching)
     return BuiltModel(path, spec, runner, memory.num_slabs, layout.pages_per_slab, lendable, copier)
 
 
@@ -228,7 +225,13 @@ def _window_maker(backend: Backend, is_shared: bool) -> MakeWindow:
     return lambda num_slabs, slab_bytes: CudaWindow(num_slabs, slab_bytes, driver)
 
 
-def _make_copier(config: EngineConfig, layout: KVLayout, window: torch.Tensor) -> PageCopier | None:
+def _make_copier(
+    config: EngineConfig,
+    backend: Backend,
+    layout: KVLayout,
+    window: torch.Tensor,
+    launching: Callable[[], AbstractContextManager[None]] | None,
+) -> PageCopier | None:
     """The host tier's bytes, if it is to have any."""
     from engine.memory.host_store import HostStore
 
@@ -237,11 +240,13 @@ def _make_copier(config: EngineConfig, layout: KVLayout, window: torch.Tensor) -
         if config.host_kv_memory:
             raise InvalidConfig(f"--host-kv-memory is less than a page of {layout.page_bytes} bytes; give it more, or 0")
         return None
-    if window.device.type != "cpu":
-        from engine.kernels.cuda_host_store import CudaHostStore
+    if backend.packer is None:
+        return HostStore(window, layout.page_bytes, layout.page_stride, num_slots, MonotonicClock())
+    from engine.kernels.cuda_host_store import CudaHostStore, PackedHostStore
 
+    if launching is None:
         return CudaHostStore(layout, window, num_slots)
-    return HostStore(window, layout.page_bytes, layout.page_stride, num_slots, MonotonicClock())
+    return PackedHostStore(layout, window, num_slots, backend.packer(layout, window), launching)
 
 
 def _warm_up(runner: Runner, config: EngineConfig, count: int) -> None:

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ import nvdriver.api
 import nvdriver.grant
 from engine.colocate import cuda_gate
 from engine.kernels import select
-from engine.kernels.api import DeviceMemory
+from engine.kernels.api import DeviceMemory, KVLayout
 from engine.memory import cuda_vmm
 from nvdriver import abi
 from nvdriver.device import LinuxFile, LinuxHost
@@ -430,6 +430,64 @@ class Launched:
         return call
 
 
+class QueuePacker:
+    """`kernels.api.Packer`: kernels in the queue."""
+
+    def __init__(self, layout: KVLayout, window: torch.Tensor) -> None:
+        self._layout, self._pages = layout, window.view(-1, layout.page_stride)[:, : layout.page_bytes]
+
+    def gather(self, pages: torch.Tensor, packed: torch.Tensor) -> None:
+        def kernel() -> None:
+            packed[: len(pages)] = self._pages[pages.long()]
+
+        self._launch(kernel)
+
+    def scatter(self, pages: torch.Tensor, packed: torch.Tensor) -> None:
+        def kernel() -> None:
+            self._pages[pages.long()] = packed[: len(pages)]
+
+        self._launch(kernel)
+
+    def _launch(self, kernel: Callable[[], None]) -> None:
+        device = QueueStreams.device
+
+        def run() -> None:
+            with device.operation(), torch.inference_mode():
+                kernel()
+
+        _look_at_the_window(device)
+        device.launch(run)
+
+
+class SideStream:
+    """torch.cuda.Stream, for copies. They run when they are launched, which is when what they wait for has run."""
+
+    def wait_stream(self, other: None) -> None:
+        QueueStreams.device.synchronize()
+
+    def synchronize(self) -> None:
+        pass
+
+
+class SideEvent:
+    """torch.cuda.Event in such a stream."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self._at = 0.0
+
+    def record(self) -> None:
+        self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: SideEvent) -> float:
+        return 1e3 * (end._at - self._at)
+
+
 # -- installing it
 
 
@@ -445,9 +503,14 @@ def install(patch: Callable[[Any, str, Any], None], slab_bytes: int, device: Que
             ops=Launched(cpu.ops, device),
             attention=lambda kv, shape: Launched(cpu.attention(kv, shape), device),
             pace=QueuePace,
+            packer=QueuePacker,
         )
         QueueStreams.device = device
         _queue_layers(patch, device)
+        patch(torch.cuda, "Stream", SideStream)
+        patch(torch.cuda, "Event", SideEvent)
+        patch(torch.cuda, "current_stream", lambda: None)
+        patch(torch.cuda, "stream", nullcontext)
     patch(select, "resolve_device", lambda name: "cuda")
     patch(select, "load_backend", lambda name="auto", attention="auto": backend)
     patch(select, "device_memory", lambda name: DeviceMemory(1 << 30, 0, GRAIN, slab_bytes))
@@ -459,6 +522,14 @@ def install(patch: Callable[[Any, str, Any], None], slab_bytes: int, device: Que
     options = cuda_gate._options
     scan = nvdriver.api.ScanLimits(clients=64, objects=128)
     patch(cuda_gate, "_options", lambda lease: dataclasses.replace(options(lease), scan=scan))
+
+
+def _look_at_the_window(device: Queue) -> None:
+    """A launch asks the driver about the window's address."""
+    for _ in range(3):
+        if device.vmm is not None and device.vmm.holes:
+            violation("a launch met a hole")
+        time.sleep(5e-5)
 
 
 def _queue_layers(patch: Callable[[Any, str, Any], None], device: Queue) -> None:
@@ -477,10 +548,7 @@ def _queue_layers(patch: Callable[[Any, str, Any], None], device: Queue) -> None
                     out.copy_(result)
 
         with self.launching():
-            for _ in range(3):  # a launch asks the driver about the window's address
-                if device.vmm is not None and device.vmm.holes:
-                    violation("a launch met a hole")
-                time.sleep(5e-5)
+            _look_at_the_window(device)
             device.launch(kernel)
         return outs
 

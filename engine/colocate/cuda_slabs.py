@@ -8,8 +8,8 @@ A slab's handle exists in two processes, and no driver keeps them apart. So at a
 `OfflineWindow` lets go, in the worker; `OnlineWindow` waits for that, in the main process. Where the channels are off this is
 a matter of 0.1 ms a slab, whatever the worker was computing; on the other rungs the worker first reaches its next layer.
 What a slab held is for the scheduler to forget, by its epoch; here only memory moves. Of an offline worker only kernels may
-touch the window, never a copy engine: a freeze leaves copies on, and one that met a hole would cost the worker its context.
-Hence two models on one GPU have no host tier (`build.plan_memory`). Not yet run on a GPU.
+touch the window, never a copy engine: a freeze leaves copies on, and one that met a hole would cost the worker its context
+(its host tier packs pages by a kernel first and copies the pack, `kernels.cuda_host_store`). Not yet run on a GPU.
 """
 
 from __future__ import annotations

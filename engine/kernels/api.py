@@ -178,6 +178,19 @@ class Pace(Protocol):
         ...
 
 
+class Packer(Protocol):
+    """Kernels between scattered pages of a window and a buffer. `pages` is int32 [n] on the device, `packed` uint8
+    [>= n, page_bytes]."""
+
+    def gather(self, pages: torch.Tensor, packed: torch.Tensor) -> None:
+        """packed[i] = page pages[i]."""
+        ...
+
+    def scatter(self, pages: torch.Tensor, packed: torch.Tensor) -> None:
+        """Page pages[i] = packed[i]. A page must not be named twice."""
+        ...
+
+
 class Graphs(Protocol):
     """Captured launches of whole layers, for steps whose rows have one token each."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.errors import InvalidConfig
-from engine.kernels.api import Attention, AttentionShape, DeviceMemory, Graphs, Ops, Pace
+from engine.kernels.api import Attention, AttentionShape, DeviceMemory, Graphs, KVLayout, Ops, Pace, Packer
 from engine.kernels.reference import TorchAttention, TorchOps
 from engine.kernels.sampling import Sampler, sample
 
@@ -22,7 +22,8 @@ class Backend:
     """The kernels of one device. `attention` takes the KV as `KVLayout.view` gives it.
 
     `own_memory`: weights and KV lie in memory of the device's own. `pace` is None where launching a layer is running it.
-    `graphs`, if any, takes the model, its attention and the most rows of a step. `trim` is called when weights are packed, and
+    `graphs`, if any, takes the model, its attention and the most rows of a step, `packer` a layout and the bytes of a window
+    in memory of its own. `trim` is called when weights are packed, and
     `work_bytes` tells the most that steps have taken since, beside weights and KV, where that is known.
     """
 
@@ -34,6 +35,7 @@ class Backend:
     own_memory: bool = False
     pace: Callable[[], Pace] | None = None
     graphs: Callable[[Any, Any, int], Graphs] | None = None
+    packer: Callable[[KVLayout, torch.Tensor], Packer] | None = None
     trim: Callable[[], None] = field(default=lambda: None)
     work_bytes: Callable[[], int] = field(default=lambda: 0)
 
@@ -89,6 +91,7 @@ def _cuda(attention: str) -> Backend:
     from engine.kernels import triton_sampling
     from engine.kernels.cuda_graphs import DecodeGraphs
     from engine.kernels.triton_ops import TritonOps
+    from engine.kernels.triton_pages import PagePacker
 
     cuda.keep_fused_arithmetic()
     return Backend(
@@ -100,6 +103,7 @@ def _cuda(attention: str) -> Backend:
         own_memory=True,
         pace=cuda.Pace,
         graphs=DecodeGraphs,
+        packer=PagePacker,
         trim=cuda.trim,
         work_bytes=cuda.work_bytes,
     )

@@ -118,10 +118,3 @@ def test_a_tensor_window_keeps_books() -> None:
     assert int(view[0]) == 7  # views live on
     with pytest.raises(AssertionError):
         _ = window.tensor
-
-
-@pytest.mark.usefixtures("gpu")
-def test_copies_to_the_host_and_slabs_that_change_hands_do_not_mix_yet(spec: ModelSpec) -> None:
-    assert plan_memory(config(host_kv_memory=GIB), [spec]).num_slabs > 0
-    with pytest.raises(InvalidConfig, match="host-kv-memory"):
-        plan_memory(config(host_kv_memory=GIB), [spec, spec])

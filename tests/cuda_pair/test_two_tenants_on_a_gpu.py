@@ -5,13 +5,14 @@ a GPU made of host memory. Whatever happens, both models answer as they do alone
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import host_gpu
 import pytest
-from colocation_cases import SLAB, Models, ask_all, colocated, eventually, sharing, two_models, worker_of
+from colocation_cases import PATIENCE, SLAB, Models, ask_all, colocated, eventually, sharing, two_models, worker_of
 
 from engine import Engine, Tenant
 from engine.colocate import cuda_sharing, process
@@ -136,6 +137,22 @@ def test_a_rung_under_which_memory_does_not_move_is_passed_over(
         restarts = sharing(engine).worker_restarts
         ask_both(engine, models)
         assert sharing(engine).reclaims and sharing(engine).worker_restarts == restarts
+
+
+@pytest.mark.parametrize("gate", ["channel", "stream", "layer"])
+def test_what_online_takes_comes_back_from_the_host(gate: str, models: Models, gpu: host_gpu.Manager) -> None:
+    """Pages are packed and unpacked by kernels, which freeze and find the sink like those of a layer."""
+    with open_engine(models, gate=gate, host_kv_memory=64 << 20) as engine:
+
+        def restored() -> int:
+            host = engine.stats().tenants[Tenant.OFFLINE].host
+            return 0 if host is None else host.restored_tokens
+
+        deadline = time.monotonic() + 2 * PATIENCE
+        while not restored():
+            assert time.monotonic() < deadline, engine.stats().tenants[Tenant.OFFLINE].host
+            ask_both(engine, models)
+        assert sharing(engine).reclaims and sharing(engine).worker_restarts == 0
 
 
 # -- deaths
