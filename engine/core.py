@@ -375,7 +375,11 @@ class EngineCore:
         self._failed_steps += 1
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise EngineDead(f"{self._failed_steps} steps in a row failed; the last one with: {error}") from error
-        return self.scheduler.fail(plan, f"the step failed: {type(error).__name__}")
+        outs = self.scheduler.fail(plan, f"the step failed: {type(error).__name__}")
+        if self.meter is not None:
+            for out in outs:
+                self.meter.gone(out.id)
+        return outs
 
     def close(self) -> None:
         self._drop_ahead()

@@ -222,7 +222,7 @@ class OnlineMeter:
                     self._token(live, now)
             if out.finish_reason is not None:
                 self._alone.ended(out.id)
-                if live is not None and not self._ended(live, now):
+                if live is not None and (out.token is None or not self._ended(live, now)):
                     del self._live[out.id]
         for felt in self._alone.catch_up(began):
             if felt.what == self.control.what and (known := self._live.pop(felt.id, None)) is not None:

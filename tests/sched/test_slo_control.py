@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from engine.memory.pages import PagePool
 from engine.sched.alone import Alone
 from engine.sched.latency import Load, StepTime
 from engine.sched.modes import Mode, ModeChooser
+from engine.sched.plan import StepPlan
 from engine.sched.policies import OnlineFirst, SharedStep
 from engine.sched.scheduler import Scheduler
 from engine.sched.slo import Delays, OnlineMeter, SloControl
@@ -245,6 +247,22 @@ def test_a_live_core_keeps_the_tolerance_and_uses_it(metric: str, tolerance: flo
     alone, shared = (Live(metric, tolerance, beside=beside).run() for beside in (False, True))
     assert shared / alone - 1 <= tolerance * 1.1
     assert shared / alone - 1 >= tolerance * 0.3 or metric.startswith("p99"), "a tail is that of few requests"
+
+
+def test_requests_are_compared_after_a_failed_step_as_before_it() -> None:
+    live = Live("mean-tpot", 0.3, beside=True)
+    launch, observe, runner, seen = live.core.runner.launch, live.control.observe, live.core.runner, []
+
+    def launch_but_once(plan: StepPlan, *more: Any) -> Any:
+        if live.next > 50 and any(row.tenant is Tenant.ONLINE for row in plan.rows):
+            runner.launch = launch  # type: ignore[method-assign]
+            raise RuntimeError("no such step today")
+        return launch(plan, *more)
+
+    runner.launch = launch_but_once  # type: ignore[method-assign]
+    live.control.observe = lambda *felt: (seen.append(felt), observe(*felt))[1]  # type: ignore[method-assign]
+    live.run()
+    assert len(seen) > 400
 
 
 # -- modes
