@@ -93,6 +93,7 @@ def ablation(rig: Rig) -> Iterator[list[str]]:
         BUDGET: step | {"layers": False},
         COPIES: step | {"copies": True},
     }
+    arms = {name: options for name, options in arms.items() if not args.arms or name in args.arms}
     shown = (ALONE, PRIORITY, *capped, BUDGET, LAYERS, COPIES)
     lines = ["## What each part adds", "", f"Tolerance {args.tolerance:.0%}.", ""]
     for trace in args.traces:
