@@ -307,7 +307,8 @@ def batch(bench: Bench) -> list[dict[str, Any]]:
         tokens = [run.outputs for arm in ARMS for run in runs[arm.name]]
         assert all(outputs == tokens[0] for outputs in tokens), "the arms' tokens differ"
         for arm in ARMS:
-            entry: dict[str, Any] = {"prompt": args.prompt, "need": ratio, "pages": num_pages, "arm": arm.name}
+            entry: dict[str, Any] = {name: getattr(args, name) for name in ("prompt", "output", "bound", "requests", "seqs")}
+            entry |= {"need": ratio, "pages": num_pages, "arm": arm.name}
             for name in ("tokens_per_s", "rows", "in_flight", "preemptions", "recomputed", "restored"):
                 entry[name] = spread([getattr(run, name) for run in runs[arm.name]])
             results.append(entry)
