@@ -196,7 +196,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Processor time of the machine and of some processes at one moment."""
+    """Processor time of the machine, of this process and of a server, if there is one, at one moment."""
 
     at: float
     busy: float
@@ -204,11 +204,11 @@ class Clock:
     own: float
 
     @classmethod
-    def read(cls, server: Server) -> Clock:
+    def read(cls, server: Server | None = None) -> Clock:
         times = psutil.cpu_times()
-        mine = sum(os.times()[:2])
+        own = sum(os.times()[:2]) + (0.0 if server is None else server.cpu_seconds())
         busy = float(times.user + times.nice + times.system + times.irq + times.softirq)
-        return cls(time.perf_counter(), busy, float(getattr(times, "steal", 0.0)), server.cpu_seconds() + mine)
+        return cls(time.perf_counter(), busy, float(getattr(times, "steal", 0.0)), own)
 
     def since(self, before: Clock) -> dict[str, Any]:
         """Cores used meanwhile: by the server and the client, by others, by the hypervisor."""

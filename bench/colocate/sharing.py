@@ -19,6 +19,7 @@ from typing import Any
 
 from bench.colocate.equal import said
 from bench.colocate.rig import TRACES, Rig, Window, say, submit
+from bench.colocate.servers import Clock
 from bench.colocate.stats import quantile
 from bench.colocate.workload import Planned
 from bench.engine import machine
@@ -69,13 +70,20 @@ def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str) -> Iterator[di
         for arm in names[shift:] + names[:shift]:
             options = dict(arms[arm])
             offline, key = options.pop("offline", True), f"{trace} {args.load} {number}"
-            window = rig.run(
-                arm, options, requests, lead=args.sharing_lead, seconds=args.sharing_seconds, offline=offline, key=key
-            )
+            for _ in range(1 + args.retries):  # until nobody else uses the machine; what was measured plays no part in that
+                before = Clock.read()
+                window = rig.run(
+                    arm, options, requests, lead=args.sharing_lead, seconds=args.sharing_seconds, offline=offline, key=key
+                )
+                cores = Clock.read().since(before)
+                if cores["others"] + cores["stolen"] < args.quiet:
+                    break
+                say(f"{arm}: others used {cores['others']:.2f} cores, {cores['stolen']:.2f} were stolen")
             windows[arm].append(window)
             values = pooled([window])
             say(f"{trace} round {number} {arm}: TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, "
-                f"offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}")  # fmt: skip
+                f"offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}; "
+                f"others {cores['others'] + cores['stolen']:.2f} cores")  # fmt: skip
             yield {arm: found for arm, found in windows.items() if found}
 
 
@@ -192,11 +200,13 @@ def _median(metric: str, windows: Sequence[Window], alone: Sequence[Window]) -> 
 
 
 def _noise(first: Sequence[Window], second: Sequence[Window], metrics: Sequence[str]) -> list[str]:
-    one, other = pooled(first), pooled(second)
-    said = [
-        f"{metric} {one[metric]:.1f} and {other[metric]:.1f} ms ({other[metric] / one[metric] - 1:+.1%})" for metric in metrics
-    ]
-    return [f"Online only, measured twice: {', '.join(said)}."]
+    told = []
+    for metric in metrics:
+        one, other = pooled(first)[metric], pooled(second)[metric]
+        turns = (pooled([b])[metric] / pooled([a])[metric] - 1 for a, b in zip(first, second, strict=False))
+        by_round = ", ".join(f"{turn:+.1%}" for turn in turns)
+        told.append(f"{metric} {one:.1f} and {other:.1f} ms ({other / one - 1:+.1%}; by round {by_round})")
+    return [f"Online only, measured twice: {'; '.join(told)}."]
 
 
 def order(rig: Rig) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.colocate.rig import Capped, Window
-from bench.colocate.sharing import ALONE, LAYERS, PRIORITY, _against, modes
+from bench.colocate.sharing import ALONE, LAYERS, PRIORITY, _against, modes, slo
 from engine.sched.view import View
 from engine.types import Tenant
 
@@ -44,16 +44,21 @@ class Rig:
 
     def __init__(self, rounds: int) -> None:
         self.args = argparse.Namespace(
-            traces=["chat"], load=0.5, sharing_seconds=1.0, sharing_lead=0.0, sharing_limit=None, rounds=rounds, tolerance=0.2
-        )
+            traces=["chat"], load=0.5, sharing_seconds=1.0, sharing_lead=0.0, sharing_limit=None, rounds=rounds, tolerance=0.2,
+            metrics=["mean-ttft"], tolerances=[0.1, 0.5], retries=0, quiet=1.0,
+        )  # fmt: skip
         self.ran: list[str] = []
+        self.times: dict[str, list[float]] = {}
 
     def windows(self, *_: object) -> list[list[Any]]:
         return [[]] * self.args.rounds
 
-    def run(self, arm: str, *_: object, **__: object) -> Window:
+    def run(self, arm: str, *_: object, key: str = "", **__: object) -> Window:
         self.ran.append(arm)
-        return Window(arm, seconds=1.0, ttft={"on-0": 0.1}, tpot={"on-0": 0.01}, offline_tokens=10 * len(self.ran))
+        if self.times:
+            ttft = dict(enumerate(self.times[arm]))
+            return Window(arm, key, seconds=1.0, ttft={f"on-{name}": took for name, took in ttft.items()}, offline_tokens=10)
+        return Window(arm, key, seconds=1.0, ttft={"on-0": 0.1}, tpot={"on-0": 0.01}, offline_tokens=10 * len(self.ran))
 
 
 def test_every_window_is_told_and_every_arm_has_one_before_any_has_two() -> None:
@@ -61,3 +66,16 @@ def test_every_window_is_told_and_every_arm_has_one_before_any_has_two() -> None
     told = [[line for line in lines if line.startswith("| ")] for lines in modes(rig)]  # type: ignore[arg-type]
     assert [len(rows) - 1 for rows in told] == [1, 2, 3, 4, 4, 4, 4, 4]
     assert sorted(rig.ran[:4]) == sorted(rig.ran[4:]) == sorted(set(rig.ran))
+
+
+def test_an_increase_is_against_both_turns_of_online_alone_and_paired_by_request() -> None:
+    """Three requests of very different length: the mean is the long one's, the median over requests is not."""
+    rig = Rig(rounds=1)
+    rig.times = {"online only": [0.1, 0.2, 1.0], "online only, again": [0.1, 0.2, 1.2],
+                 "mean-ttft 10%": [0.1, 0.2, 1.375], "mean-ttft 50%": [0.2, 0.3, 1.1]}  # fmt: skip
+    *_, lines = slo(rig)  # type: ignore[arg-type]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| mean")]
+    rows = {target: rest for target, *rest in cells}
+    assert (rows["mean-ttft 10%"][0], rows["mean-ttft 10%"][2]) == ("+19.6%", "+0.0%")
+    assert (rows["mean-ttft 50%"][0], rows["mean-ttft 50%"][2]) == ("+14.3%", "+50.0%")
+    assert any("433.3 and 500.0 ms (+15.4%; by round +15.4%)" in line for line in lines)
