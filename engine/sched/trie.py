@@ -10,6 +10,7 @@ possible, so memory and time follow what prompts share, not their length; no ope
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -21,10 +22,13 @@ PATIENCE = 64
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """Requests whose prompts begin alike: `here` those that go on by less than a page, the others by their next page."""
+    """Requests whose prompts begin alike: `here` those that go on by less than a page, the others by their next page.
 
-    here: dict[Request, None] = field(default_factory=dict)
-    children: dict[int, _Node | Request] = field(default_factory=dict)
+    Both lose their first entry again and again. A plain dict would look for the next one past the places of all that went.
+    """
+
+    here: OrderedDict[Request, None] = field(default_factory=OrderedDict)
+    children: OrderedDict[int, _Node | Request] = field(default_factory=OrderedDict)
 
 
 class PromptTrie:
@@ -54,8 +58,8 @@ class PromptTrie:
 
     def _branch(self, request: Request, depth: int) -> _Node:
         if depth == self._depth(request):
-            return _Node(here={request: None})
-        return _Node(children={self._key(request, depth): request})
+            return _Node(here=OrderedDict({request: None}))
+        return _Node(children=OrderedDict({self._key(request, depth): request}))
 
     def remove(self, request: Request) -> None:
         """Take out a request that is in it."""
