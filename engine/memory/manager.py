@@ -12,7 +12,7 @@ from typing import Protocol
 from engine.memory.host import HostTier, Transfer
 from engine.memory.host_copies import HostCopies
 from engine.memory.pages import PagePool, PageState
-from engine.memory.prefix import PrefixCache, chain_root, extend_chain
+from engine.memory.prefix import PrefixCache, chain_on, chain_root
 from engine.types import Request, Tenant
 
 
@@ -105,7 +105,7 @@ class KVManager:
         if not self._ensure(need + idle, request):
             return False
         for page in prefix:
-            self._cache.busy(page, self._tenant(page))
+            self._cache.busy(page, request.tenant)
             self.pool.share(page)
         request.pages = prefix + self._take(need, request.tenant)
         self._holders[request.id] = request
@@ -134,9 +134,7 @@ class KVManager:
         done = self._committed[request.id]
         if not self.prefix_caching or full <= done:
             return
-        chain = self._chain(request, full)
-        for index in range(done, full):
-            self._cache.publish(chain[index], request.pages[index])
+        self._cache.publish(self._chain(request, full)[done:], request.pages[done:full])
         self._committed[request.id] = full
 
     def release(self, request: Request) -> None:
@@ -147,12 +145,7 @@ class KVManager:
             self.copies.leave(request)
         del self._committed[request.id]
         pages, request.pages = request.pages, []
-        for page in reversed(pages):
-            if self.pool.state(page) is not PageState.USED:
-                continue  # its slab left while the request held it
-            tenant, keep = self._tenant(page), self._cache.known(page)
-            if self.pool.release(page, keep=keep) and keep:
-                self._cache.idle(page, tenant)
+        self._cache.idle(self.pool.release(reversed(pages), request.tenant, keep=self._cache), request.tenant)
 
     def forget(self, request: Request) -> None:
         """The request is over: its pages go, and its claim on their copies."""
@@ -179,7 +172,10 @@ class KVManager:
             self._cache.forget(page, tenants[page])
         if not lost:
             return []
-        return [request for request in self._holders.values() if not lost.isdisjoint(request.pages)]
+        hit = [request for request in self._holders.values() if not lost.isdisjoint(request.pages)]
+        for request in hit:
+            request.pages = [page for page in request.pages if page not in lost]
+        return hit
 
     def holders(self) -> Iterable[Request]:
         return self._holders.values()
@@ -188,15 +184,12 @@ class KVManager:
 
     def _chain(self, request: Request, num_pages: int) -> list[bytes]:
         """Hashes of the request's first pages. Without prefix caching they are like nobody else's."""
-        salt = request.cache_salt if self.prefix_caching else f"{request.cache_salt}\0{request.id}"
-        chain = request.page_hashes
-        extend_chain(chain, chain_root(request.tenant, salt), request.tokens, self.page_size, num_pages)
+        chain, page = request.page_hashes, self.page_size
+        if len(chain) < num_pages:
+            salt = request.cache_salt if self.prefix_caching else f"{request.cache_salt}\0{request.id}"
+            before = chain[-1] if chain else chain_root(request.tenant, salt)
+            chain += chain_on(before, request.tokens[len(chain) * page : num_pages * page], page)
         return chain[:num_pages]
-
-    def _tenant(self, page: int) -> Tenant:
-        tenant = self.pool.tenant(page)
-        assert tenant is not None, page
-        return tenant
 
     def _ensure(self, num_pages: int, request: Request) -> bool:
         """Whether that many pages are available to the request's tenant, after asking the lender if need be."""
@@ -211,17 +204,14 @@ class KVManager:
         return num_pages <= self.available(request.tenant)
 
     def _take(self, count: int, tenant: Tenant) -> list[int]:
-        while self.pool.num_free < count:
-            self._evict_one()
-        return self.pool.allocate(count, tenant)
-
-    def _evict_one(self) -> None:
-        """Offline's cache goes first; online's own oldest prefixes after it."""
-        owner = Tenant.OFFLINE if self._cache.num_idle(Tenant.OFFLINE) else Tenant.ONLINE
-        page = self._cache.oldest(owner)
-        assert page is not None, "the caller checked available()"
-        self._cache.forget(page, owner)
-        self.pool.evict(page)
+        """Free pages, then offline's cached ones, then online's own oldest prefixes. The caller checked available()."""
+        pages = self.pool.allocate(min(count, self.pool.num_free), tenant)
+        for owner in (Tenant.OFFLINE, Tenant.ONLINE):
+            if len(pages) < count:
+                evicted = self._cache.take_oldest(owner, count - len(pages))
+                self.pool.reuse(evicted, tenant)
+                pages += evicted
+        return pages
 
     def check(self) -> None:
         """Raise AssertionError unless page tables, pool and cache agree. For tests and the idle engine."""

@@ -7,7 +7,7 @@ and lose slabs at any time. Allocation fills the lowest slab that has room, so t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ class PageState(IntEnum):
     FREE = 1
     USED = 2  # referenced by at least one request
     CACHED = 3  # referenced by nobody, kept for its contents
+
+
+_STATES = tuple(PageState)
 
 
 class PagePool:
@@ -58,7 +61,7 @@ class PagePool:
         return self._counts[PageState.USED] if tenant is None else self._used[tenant]
 
     def state(self, page: int) -> PageState:
-        return PageState(self._state[page])
+        return _STATES[self._state[page]]
 
     def refs(self, page: int) -> int:
         return self._refs[page]
@@ -81,62 +84,64 @@ class PagePool:
         online = sum(state == PageState.USED and tenant is Tenant.ONLINE for state, tenant in zip(states, tenants, strict=True))
         return online, used - online, cached
 
-    def _move(self, page: int, state: PageState) -> None:
-        self._counts[self._state[page]] -= 1
-        self._counts[state] += 1
-        self._state[page] = state
-
     def allocate(self, count: int, tenant: Tenant) -> list[int]:
         """`count` free pages, each with one reference. The caller has checked num_free."""
         assert count <= self.num_free, (count, self.num_free)
         pages: list[int] = []
         while len(pages) < count:
-            slab = self._open[0]
-            stack = self._free[slab]
+            stack = self._free[self._open[0]]
             if not stack:
                 self._in_open[heapq.heappop(self._open)] = False
                 continue
-            page = stack.pop()
-            self._move(page, PageState.USED)
+            first = max(0, len(stack) - (count - len(pages)))
+            pages += reversed(stack[first:])
+            del stack[first:]
+        self._use(pages, PageState.FREE, tenant)
+        return pages
+
+    def reuse(self, pages: Sequence[int], tenant: Tenant) -> None:
+        """Cached pages lose what they hold, and have one reference each."""
+        self._use(pages, PageState.CACHED, tenant)
+
+    def _use(self, pages: Sequence[int], before: PageState, tenant: Tenant) -> None:
+        self._move(pages, before, PageState.USED)
+        for page in pages:
             self._refs[page] = 1
             self._tenant[page] = tenant
-            pages.append(page)
-        self._used[tenant] += count
-        return pages
+        self._used[tenant] += len(pages)
 
     def share(self, page: int) -> None:
         """One more reference to a used or cached page."""
         if self._state[page] == PageState.CACHED:
-            self._move(page, PageState.USED)
+            self._move((page,), PageState.CACHED, PageState.USED)
             self._used[self._owner(page)] += 1
         assert self._state[page] == PageState.USED, page
         self._refs[page] += 1
         self.num_shared += self._refs[page] == 2
 
-    def release(self, page: int, *, keep: bool) -> bool:
-        """Drop one reference. With the last one the page becomes cached (`keep`) or free. True if it was the last."""
-        assert self._state[page] == PageState.USED, page
-        self._refs[page] -= 1
-        self.num_shared -= self._refs[page] == 1
-        if self._refs[page]:
-            return False
-        self._used[self._owner(page)] -= 1
-        if keep:
-            self._move(page, PageState.CACHED)
-        else:
-            self._to_free(page)
-        return True
-
-    def evict(self, page: int) -> None:
-        """A cached page becomes free."""
-        assert self._state[page] == PageState.CACHED, page
-        self._to_free(page)
+    def release(self, pages: Iterable[int], tenant: Tenant, keep: Container[int] = ()) -> list[int]:
+        """Drop one reference of each of these pages of the tenant. With its last one a page becomes cached if it is in `keep`,
+        and free if not. Returns those that are cached now."""
+        cached: list[int] = []
+        free: list[int] = []
+        for page in pages:
+            self._refs[page] = refs = self._refs[page] - 1
+            assert refs >= 0, page
+            if not refs:
+                (cached if page in keep else free).append(page)
+            elif refs == 1:
+                self.num_shared -= 1
+        self._used[tenant] -= len(cached) + len(free)
+        self._move(cached, PageState.USED, PageState.CACHED)
+        self._move(free, PageState.USED, PageState.FREE)
+        self._put_back(free)
+        return cached
 
     def add_slab(self, slab: int) -> None:
         """The slab's pages are this pool's now, all free."""
-        for page in reversed(self.slab_pages(slab)):
-            assert self._state[page] == PageState.ABSENT, page
-            self._to_free(page)
+        pages = self.slab_pages(slab)[::-1]
+        self._move(pages, PageState.ABSENT, PageState.FREE)
+        self._put_back(pages)
 
     def remove_slab(self, slab: int) -> list[int]:
         """The slab is gone, whatever its pages held. Returns the pages that were used or cached."""
@@ -151,7 +156,7 @@ class PagePool:
                 self.num_shared -= self._refs[page] > 1
             self._refs[page] = 0
             self._tenant[page] = None
-            self._move(page, PageState.ABSENT)
+            self._move((page,), _STATES[state], PageState.ABSENT)
         self._free[slab].clear()
         return lost
 
@@ -160,14 +165,22 @@ class PagePool:
         assert tenant is not None, page
         return tenant
 
-    def _to_free(self, page: int) -> None:
-        self._move(page, PageState.FREE)
-        self._tenant[page] = None
-        slab = page // self.pages_per_slab
-        if not self._in_open[slab]:
-            self._in_open[slab] = True
-            heapq.heappush(self._open, slab)
-        self._free[slab].append(page)
+    def _move(self, pages: Sequence[int], before: PageState, now: PageState) -> None:
+        for page in pages:
+            assert self._state[page] == before, (page, before)
+            self._state[page] = now
+        self._counts[before] -= len(pages)
+        self._counts[now] += len(pages)
+
+    def _put_back(self, pages: Iterable[int]) -> None:
+        """These became free."""
+        for page in pages:
+            self._tenant[page] = None
+            slab = page // self.pages_per_slab
+            if not self._in_open[slab]:
+                self._in_open[slab] = True
+                heapq.heappush(self._open, slab)
+            self._free[slab].append(page)
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is whole. For tests and the idle engine."""

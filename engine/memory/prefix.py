@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 from engine.types import Tenant
@@ -20,13 +20,16 @@ def chain_root(tenant: Tenant, salt: str) -> bytes:
     return blake2b(f"{tenant.value}\0{salt}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def extend_chain(chain: list[bytes], root: bytes, tokens: Sequence[int], page_size: int, num_pages: int) -> None:
-    """Append the hashes of full pages until the chain covers `num_pages` pages of `tokens`."""
-    while len(chain) < num_pages:
-        begin = len(chain) * page_size
-        block = array("q", tokens[begin : begin + page_size])
-        assert len(block) == page_size
-        chain.append(blake2b(block.tobytes(), key=chain[-1] if chain else root, digest_size=16).digest())
+def chain_on(digest: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
+    """The hashes of these full pages of tokens, in a chain that goes on from `digest`."""
+    data = array("i", tokens)
+    assert len(data) % page_size == 0
+    packed, size = data.tobytes(), page_size * data.itemsize
+    chain: list[bytes] = []
+    for at in range(0, len(packed), size):
+        digest = blake2b(digest + packed[at : at + size], digest_size=16).digest()
+        chain.append(digest)
+    return chain
 
 
 class PrefixCache:
@@ -47,13 +50,14 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def publish(self, digest: bytes, page: int) -> None:
-        """The page holds what the digest says. The first page to say so is the one that is found."""
-        if digest not in self._page_of and page not in self._hash_of:
-            self._page_of[digest] = page
-            self._hash_of[page] = digest
+    def publish(self, chain: Sequence[bytes], pages: Sequence[int]) -> None:
+        """Each page holds what its hash says. The first page to say so is the one that is found."""
+        for digest, page in zip(chain, pages, strict=True):
+            if digest not in self._page_of and page not in self._hash_of:
+                self._page_of[digest] = page
+                self._hash_of[page] = digest
 
-    def known(self, page: int) -> bool:
+    def __contains__(self, page: object) -> bool:
         return page in self._hash_of
 
     def forget(self, page: int, tenant: Tenant | None) -> None:
@@ -63,9 +67,11 @@ class PrefixCache:
         if tenant is not None:
             self._idle[tenant].pop(page, None)
 
-    def idle(self, page: int, tenant: Tenant) -> None:
-        """Nobody references the page any more; it is evicted after those that went idle before it."""
-        self._idle[tenant][page] = None
+    def idle(self, pages: Iterable[int], tenant: Tenant) -> None:
+        """Nobody references these pages any more; they are evicted in this order, after those that went idle before."""
+        order = self._idle[tenant]
+        for page in pages:
+            order[page] = None
 
     def busy(self, page: int, tenant: Tenant) -> None:
         self._idle[tenant].pop(page, None)
@@ -73,8 +79,13 @@ class PrefixCache:
     def num_idle(self, tenant: Tenant) -> int:
         return len(self._idle[tenant])
 
-    def oldest(self, tenant: Tenant) -> int | None:
-        return next(iter(self._idle[tenant]), None)
+    def take_oldest(self, tenant: Tenant, limit: int) -> list[int]:
+        """The pages idle longest, at most `limit`, which are forgotten."""
+        order = self._idle[tenant]
+        pages = [order.popitem(last=False)[0] for _ in range(min(limit, len(order)))]
+        for page in pages:
+            del self._page_of[self._hash_of.pop(page)]
+        return pages
 
     def check(self) -> None:
         assert len(self._page_of) == len(self._hash_of)

@@ -172,8 +172,10 @@ class KVLife(RuleBasedStateMachine):
     def remove_slab(self, data: st.DataObject) -> None:
         slab = data.draw(st.sampled_from(sorted(self.here)))
         pages = set(self.kv.pool.slab_pages(slab))
+        held = {old.id: set(old.pages) for old in self.live.values()}
         hit = self.kv.remove_slab(slab)
-        assert {old.id for old in hit} == {old.id for old in self.live.values() if pages & set(old.pages)}
+        assert {old.id for old in hit} == {id for id, theirs in held.items() if pages & theirs}
+        assert all(set(old.pages) == held[old.id] - pages for old in hit)
         self.here.remove(slab)
         for page in pages:
             self.shadow[page] = "taken"

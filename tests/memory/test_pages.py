@@ -14,7 +14,7 @@ ONLINE, OFFLINE = Tenant.ONLINE, Tenant.OFFLINE
 
 
 class PoolLife(RuleBasedStateMachine):
-    """Allocate, share, release, evict, and slabs that come and go whatever they hold."""
+    """Allocate, share, release, reuse, and slabs that come and go whatever they hold."""
 
     @initialize(num_slabs=st.integers(1, 5), per_slab=st.integers(1, 4), data=st.data())
     def build(self, num_slabs: int, per_slab: int, data: st.DataObject) -> None:
@@ -51,22 +51,29 @@ class PoolLife(RuleBasedStateMachine):
         self.used[page] = (refs + 1, tenant)
 
     @precondition(lambda self: self.used)
-    @rule(data=st.data(), keep=st.booleans())
-    def release(self, data: st.DataObject, keep: bool) -> None:
-        page = data.draw(st.sampled_from(sorted(self.used)))
-        refs, tenant = self.used.pop(page)
-        assert self.pool.release(page, keep=keep) == (refs == 1)
-        if refs > 1:
-            self.used[page] = (refs - 1, tenant)
-        elif keep:
-            self.cached[page] = tenant
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        tenant = self.used[data.draw(st.sampled_from(sorted(self.used)))][1]
+        theirs = sorted(page for page, (_, owner) in self.used.items() if owner is tenant)
+        pages = data.draw(st.lists(st.sampled_from(theirs), unique=True))
+        keep = data.draw(st.sets(st.sampled_from(theirs)))
+        cached = [page for page in pages if page in keep and self.used[page][0] == 1]
+        assert self.pool.release(pages, tenant, keep) == cached
+        for page in pages:
+            refs, _ = self.used.pop(page)
+            if refs > 1:
+                self.used[page] = (refs - 1, tenant)
+            elif page in keep:
+                self.cached[page] = tenant
 
     @precondition(lambda self: self.cached)
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
-        page = data.draw(st.sampled_from(sorted(self.cached)))
-        self.pool.evict(page)
-        del self.cached[page]
+    @rule(tenant=st.sampled_from(list(Tenant)), data=st.data())
+    def reuse(self, tenant: Tenant, data: st.DataObject) -> None:
+        pages = data.draw(st.lists(st.sampled_from(sorted(self.cached)), unique=True))
+        self.pool.reuse(pages, tenant)
+        for page in pages:
+            del self.cached[page]
+            self.used[page] = (1, tenant)
 
     @precondition(lambda self: self.here)
     @rule(data=st.data())
@@ -120,12 +127,12 @@ def test_more_than_there_is_is_the_callers_mistake() -> None:
 @pytest.mark.parametrize(
     "mistake",
     [
-        lambda pool: pool.release(2, keep=False),  # free
+        lambda pool: pool.release([2], OFFLINE),  # free
         lambda pool: pool.share(2),
-        lambda pool: pool.evict(0),  # used
+        lambda pool: pool.reuse([0], OFFLINE),  # used
         lambda pool: pool.add_slab(0),  # here already
         lambda pool: pool.remove_slab(1),  # not here
-        lambda pool: pool.release(4, keep=True),
+        lambda pool: pool.release([4], OFFLINE, keep=[4]),
     ],
 )
 def test_mistakes_are_noticed(mistake: object) -> None:
@@ -150,7 +157,7 @@ def test_an_emptied_slab_holds_nothing() -> None:
     pool = PagePool(1, 2)
     first, second = pool.allocate(2, ONLINE)
     pool.share(first)
-    pool.release(second, keep=True)
+    pool.release([second], ONLINE, keep=[second])
     assert pool.remove_slab(0) == [first, second]
     assert (pool.num_shared, pool.num_used(), pool.num_cached, pool.num_pages) == (0, 0, 0, 0)
     assert pool.state(first) is PageState.ABSENT

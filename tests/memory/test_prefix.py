@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.memory.prefix import PrefixCache, chain_root, extend_chain
+from engine.memory.prefix import PrefixCache, chain_on, chain_root
 from engine.types import Tenant
 
 ONLINE, OFFLINE = Tenant.ONLINE, Tenant.OFFLINE
@@ -18,9 +18,7 @@ callers = st.tuples(st.sampled_from(list(Tenant)), texts)
 
 
 def chain_of(root: bytes, tokens: list[int]) -> list[bytes]:
-    chain: list[bytes] = []
-    extend_chain(chain, root, tokens, PAGE, len(tokens) // PAGE)
-    return chain
+    return chain_on(root, tokens[: len(tokens) // PAGE * PAGE], PAGE)
 
 
 @given(one=tokens, two=tokens, who=callers)
@@ -48,25 +46,22 @@ def test_salts_that_no_encoding_likes_are_salts() -> None:
 
 @given(tokens=tokens, cut=st.integers(0, 7))
 def test_a_chain_may_be_extended_bit_by_bit(tokens: list[int], cut: int) -> None:
-    root, full = chain_root(ONLINE, ""), len(tokens) // PAGE
-    chain: list[bytes] = []
-    extend_chain(chain, root, tokens, PAGE, min(cut, full))
-    extend_chain(chain, root, tokens, PAGE, full)
-    assert chain == chain_of(root, tokens)
-    extend_chain(chain, root, tokens, PAGE, 0)
-    assert chain == chain_of(root, tokens), "it never gets shorter"
+    root, full = chain_root(ONLINE, ""), len(tokens) // PAGE * PAGE
+    begun = chain_on(root, tokens[: min(cut * PAGE, full)], PAGE)
+    rest = chain_on(begun[-1] if begun else root, tokens[len(begun) * PAGE : full], PAGE)
+    assert begun + rest == chain_of(root, tokens)
 
 
 def test_a_chain_is_of_full_pages_only() -> None:
     with pytest.raises(AssertionError):
-        extend_chain([], chain_root(ONLINE, ""), [1, 2, 3, 4], PAGE, 2)
+        chain_on(chain_root(ONLINE, ""), [1, 2, 3, 4], PAGE)
 
 
 def test_match_ends_at_the_first_gap() -> None:
     cache = PrefixCache()
     chain = chain_of(chain_root(ONLINE, ""), list(range(4 * PAGE)))
     for page in (0, 1, 3):
-        cache.publish(chain[page], 10 + page)
+        cache.publish([chain[page]], [10 + page])
     assert cache.match(chain) == [10, 11]
     assert cache.match(chain[1:]) == [11]
     cache.forget(10, None)
@@ -75,28 +70,28 @@ def test_match_ends_at_the_first_gap() -> None:
 
 def test_the_first_page_to_hold_something_is_the_one_found() -> None:
     cache = PrefixCache()
-    cache.publish(b"x", 1)
-    cache.publish(b"x", 2)
-    cache.publish(b"y", 1)
+    cache.publish([b"x"], [1])
+    cache.publish([b"x"], [2])
+    cache.publish([b"y"], [1])
     assert cache.match([b"x"]) == [1] and cache.match([b"y"]) == []
-    assert cache.known(1) and not cache.known(2)
+    assert 1 in cache and 2 not in cache
     cache.forget(2, None)
     assert cache.match([b"x"]) == [1]
 
 
-def test_oldest_is_the_one_idle_longest_of_its_tenant() -> None:
+def test_the_oldest_are_those_idle_longest_of_their_tenant() -> None:
     cache = PrefixCache()
-    for page in (3, 1, 2):
-        cache.publish(bytes([page]), page)
-        cache.idle(page, ONLINE)
-    cache.publish(b"\x09", 9)
-    cache.idle(9, OFFLINE)
-    assert (cache.oldest(ONLINE), cache.oldest(OFFLINE)) == (3, 9)
+    for page in (3, 1, 2, 4):
+        cache.publish([bytes([page])], [page])
+    cache.idle([3, 1, 2], ONLINE)
+    cache.idle([4], ONLINE)
+    cache.publish([b"\x09"], [9])
+    cache.idle([9], OFFLINE)
     cache.busy(3, ONLINE)
-    assert cache.oldest(ONLINE) == 1
-    cache.idle(3, ONLINE)
-    assert [cache.num_idle(tenant) for tenant in Tenant] == [3, 1]
-    cache.forget(1, ONLINE)
-    assert cache.oldest(ONLINE) == 2
-    assert cache.oldest(OFFLINE) == 9
+    cache.idle([3], ONLINE)
+    assert [cache.num_idle(tenant) for tenant in Tenant] == [4, 1]
+    assert cache.take_oldest(ONLINE, 1) == [1] and 1 not in cache
+    cache.forget(2, ONLINE)
+    assert cache.take_oldest(ONLINE, 3) == [4, 3] and cache.match([b"\x03"]) == []
+    assert cache.take_oldest(OFFLINE, 2) == [9]
     cache.check()

@@ -199,8 +199,8 @@ def test_a_histogram_counts_every_value_once() -> None:
 def test_the_use_of_each_slab() -> None:
     pool = PagePool(2, 4)
     online, offline = pool.allocate(2, Tenant.ONLINE), pool.allocate(3, Tenant.OFFLINE)
-    pool.release(online[0], keep=True)
-    pool.release(offline[0], keep=False)
+    pool.release(online[:1], Tenant.ONLINE, keep=online)
+    pool.release(offline[:1], Tenant.OFFLINE)
     found = [slab_use(pool, slab) for slab in range(2)]
     assert [tuple(use) for use in found] == [(None, 0.25, 0.25, 0.25), (None, 0.0, 0.25, 0.0)]
     assert [pool.slab_use(slab) for slab in range(2)] == [(1, 1, 1), (0, 1, 0)]
