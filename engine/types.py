@@ -272,7 +272,7 @@ class Abort:
     id: str
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """Natural-log probability of `token` and of the likeliest alternatives, likeliest first."""
 
     token: int
@@ -281,7 +281,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenOut(msgspec.Struct, frozen=True, kw_only=True):
+class TokenOut(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step did to one request. At most one per request and step."""
 
     id: str

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.sched.plan import PlanRow
 
@@ -24,8 +24,7 @@ _WARM = 32  # steps before predictions mean anything
 _SATURATED = 0.95  # of the tokens per second of an endless step
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What a step holds, in the terms that its time depends on."""
 
     tokens: int = 0  # computed

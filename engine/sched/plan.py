@@ -2,7 +2,8 @@
 
 Integers only: no torch behind this module. A plan is frozen, yet its rows point at the request's token list and page table
 instead of copying them. That is safe by two rules kept elsewhere: both lists only ever grow while a plan can see them, and a
-request that loses pages gets a *new* list (`KVManager`). Rows and results are msgspec structs: a step makes hundreds of them.
+request that loses pages gets a *new* list (`KVManager`). Rows and results are msgspec structs: a step makes hundreds of them,
+which the garbage collector need not follow, since nothing that they hold leads back to them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ StopCondition = Callable[[int], bool]
 """Asked before each layer but the first, with that layer's index; True parks the pass there."""
 
 
-class PlanRow(msgspec.Struct, frozen=True):
+class PlanRow(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step: compute the KV of tokens[start : start + count], then perhaps sample the next one."""
 
     request_id: str
@@ -58,7 +59,7 @@ class StepPlan:
         return sum(row.count for row in self.rows)
 
 
-class RowResult(msgspec.Struct, frozen=True):
+class RowResult(msgspec.Struct, frozen=True, gc=False):
     """What one row produced. Exactly one of token and error is set when the row sampled; neither when it did not."""
 
     request_id: str

@@ -5,9 +5,8 @@ Shared code in the scheduler spends the budgets and moves the requests; a policy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Reversible
 from dataclasses import dataclass
-from itertools import chain
 from typing import Protocol
 
 from engine.sched.modes import Mode, ModeChooser
@@ -137,10 +136,12 @@ class Fcfs:
             yield from _younger(list(view.started()), request)
 
 
-def _younger(running: Sequence[Request], request: Request) -> Iterator[Request]:
+def _younger(running: Reversible[Request], request: Request) -> Iterator[Request]:
     """Those after `request`, youngest first, then the request itself."""
-    after = running[running.index(request) + 1 :]
-    return chain(reversed(after), (request,))
+    for other in reversed(running):
+        yield other
+        if other is request:
+            return
 
 
 def make_policy(

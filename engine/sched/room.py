@@ -17,8 +17,8 @@ class StepRoom:
         """`copying`: seconds of copies to and from the host that there would be to make beside it."""
         self.left = budget.tokens
         self.left_offline = min(budget.offline, budget.tokens)
-        self.rows: list[PlanRow] = []
-        self.placed: set[str] = set()
+        self.rows: dict[str, PlanRow] = {}  # by request, in order
+        self.has_online = False
         self._budget = budget
         self._step_time = step_time
         self._load = Load()
@@ -28,12 +28,13 @@ class StepRoom:
 
     def room(self, request: Request) -> int:
         """Tokens of this request that may be computed, at most those whose KV it lacks."""
+        missing = len(request.tokens) - request.num_computed
         if request.tenant is Tenant.ONLINE:
-            return self.left
-        wanted = min(self.left_offline, len(request.tokens) - request.num_computed)
+            return min(self.left, missing)
+        wanted = min(self.left_offline, missing)
         if not self._timed or not self._load.tokens or wanted <= 0:
             return wanted
-        if self._budget.decode_only and len(request.tokens) - request.num_computed > 1:
+        if self._budget.decode_only and missing > 1:
             return 0
         return self._that_fit(request.num_computed, wanted)
 
@@ -83,9 +84,10 @@ class StepRoom:
         self.left -= row.count
         if row.tenant is Tenant.OFFLINE:
             self.left_offline -= row.count
+        else:
+            self.has_online = True
         if self.left_offline > self.left:
             self.left_offline = self.left
         if self._timed:
             self._load = self._load.plus(row.start, row.count)
-        self.rows.append(row)
-        self.placed.add(row.request_id)
+        self.rows[row.request_id] = row

@@ -80,7 +80,7 @@ class Scheduler:
         self.counters = {tenant: TenantCounters() for tenant in Tenant}
         self.paused: frozenset[Tenant] = frozenset()  # whose requests are not planned
         self._requests: dict[str, Request] = {}
-        self._running: dict[Tenant, list[Request]] = {tenant: [] for tenant in Tenant}
+        self._running: dict[Tenant, dict[Request, None]] = {tenant: {} for tenant in Tenant}  # as keys, oldest first
         self._waiting: dict[Tenant, Queue] = {tenant: TenantQueue() for tenant in Tenant}
         self._coming: PrefixesComing | None = None
         if prefix_order:
@@ -167,16 +167,16 @@ class Scheduler:
         step = StepRoom(self.policy.budget(view), self.step_time, self._copying())
         if step.left:
             for request in self.policy.order(view):
-                if step.room(request) > 0 and request.tenant not in self.paused:
-                    self._place(request, step, view)
+                room = step.room(request)
+                if room > 0 and request.tenant not in self.paused:
+                    self._place(request, room, step, view)
                 if not step.left:
                     break
         self.slack, self.copy_seconds = step.slack(), step.copying
         if not step.rows:
             return None
         self._step += 1
-        preemptible = all(row.tenant is Tenant.OFFLINE for row in step.rows)
-        return StepPlan(self._step, tuple(step.rows), preemptible)
+        return StepPlan(self._step, tuple(step.rows.values()), preemptible=not step.has_online)
 
     def schedule_after(self, plan: StepPlan) -> StepPlan | None:
         """The step after one that is running, each row a token further; None if it is not certain that this will come next.
@@ -247,15 +247,18 @@ class Scheduler:
         fastest = self.step_time.saturating_tokens() if most > least else most
         return min(most, max(least, fastest), self.parked.room)
 
-    def _place(self, request: Request, step: StepRoom, view: View) -> None:
-        if request.state is RequestState.WAITING and not self._admit(request, step, view):
-            return
+    def _place(self, request: Request, room: int, step: StepRoom, view: View) -> None:
+        """A row of `room` tokens, or of what is left to it once admitted; if it may run and there are pages for them."""
+        if request.state is RequestState.WAITING:
+            if not self._admit(request, step, view):
+                return
+            room = step.room(request)
         if request.restoring:
             return
-        start, known = request.num_computed, len(request.tokens)
-        end = min(known, start + step.room(request))
-        if end == start:
+        if room <= 0:
             return  # admitted with a cached prefix that leaves it too long a rest for this step
+        start, known = request.num_computed, len(request.tokens)
+        end = start + room
         if end > len(request.pages) * self.kv.page_size and not self._grow(request, end, step, view):
             return
         params = request.params
@@ -271,7 +274,7 @@ class Scheduler:
                 request.tokens,
                 request.num_prompt,
                 start,
-                end - start,
+                room,
                 request.pages,
                 sample,
                 params,
@@ -298,14 +301,14 @@ class Scheduler:
         """Start a waiting request: pages for all its tokens, and a place among the running ones."""
         if request.guide is not None and not request.guide.ready:
             return False
-        victims = [v for v in self.policy.victims(view, request) if v.id not in step.placed]
+        victims = [v for v in self.policy.victims(view, request) if v.id not in step.rows]
+        crowd = max(0, sum(map(len, self._running.values())) + 1 - self.max_num_seqs)
+        if crowd > len(victims):
+            return False
         prefix = self.kv.find_prefix(request)
         if self._coming is not None and request.tenant is Tenant.OFFLINE and self._coming.awaited(request, len(prefix)):
             return False
-        if not self._fits(request, prefix, frozenset(victims)):
-            return False
-        crowd = max(0, sum(map(len, self._running.values())) + 1 - self.max_num_seqs)
-        if crowd > len(victims):
+        if not self._fits(request, prefix, victims):
             return False
         for loser in victims[:crowd]:
             self._preempt(loser)
@@ -326,7 +329,7 @@ class Scheduler:
         request.num_computed = num_cached
         request.restoring = num_copied > 0
         self._waiting[request.tenant].remove(request)
-        self._running[request.tenant].append(request)
+        self._running[request.tenant][request] = None
         self._most_tokens += request.max_len + self.kv.page_size
         if not request.restoring:
             self._count_recomputed(request)
@@ -342,7 +345,7 @@ class Scheduler:
         lost = self._lost.pop(request.id, 0)
         self.counters[request.tenant].recomputed_tokens += max(0, lost - request.num_computed)
 
-    def _fits(self, request: Request, prefix: list[int], yielding: frozenset[Request]) -> bool:
+    def _fits(self, request: Request, prefix: list[int], yielding: list[Request]) -> bool:
         """Whether everyone who would not give way to the request can run beside it to the predicted end.
 
         Where giving way costs little, since there are host copies, a turn is enough.
@@ -351,7 +354,8 @@ class Scheduler:
         if self._most_tokens + request.max_len + page <= pool.num_pages * page:
             return True  # even if all of them ran to their bounds
         running = [other for requests in self._running.values() for other in requests]
-        others = [other for other in running if other not in yielding]
+        gone = set(yielding)
+        others = [other for other in running if other not in gone]
         if not others:
             return True
         if self._peak_fits(request, prefix, others, running, math.inf):
@@ -377,7 +381,7 @@ class Scheduler:
     def _grow(self, request: Request, num_tokens: int, step: StepRoom, view: View) -> bool:
         """Pages for the tokens of a running request, at the cost of those who give way to it, itself last."""
         while not self.kv.grow(request, num_tokens):
-            victim = next((v for v in self.policy.victims(view, request) if v.id not in step.placed), None)
+            victim = next((v for v in self.policy.victims(view, request) if v.id not in step.rows), None)
             if victim is None:
                 return False
             self._preempt(victim)
@@ -403,7 +407,7 @@ class Scheduler:
         self.counters[request.tenant].lost_tokens += num_computed
 
     def _stop_running(self, request: Request) -> None:
-        self._running[request.tenant].remove(request)
+        del self._running[request.tenant][request]
         if self._coming is not None:
             self._coming.done(request)
         self._most_tokens -= request.max_len + self.kv.page_size
@@ -511,8 +515,7 @@ class Scheduler:
         counters.generated_tokens += 1
         tokens = request.tokens
         tokens.append(result.token)
-        long_enough = len(tokens) - request.num_prompt >= request.params.min_tokens or request.guide is not None
-        if result.token in request.stop_ids and long_enough:
+        if result.token in request.stop_ids and (request.num_output >= request.params.min_tokens or request.guide is not None):
             return self._finish(request, FinishReason.STOP, result, stop_token=result.token)
         if len(tokens) >= request.max_len:
             return self._finish(request, FinishReason.LENGTH, result)

@@ -14,12 +14,12 @@ from engine.types import Request, RequestState, Tenant
 class View:
     """What there is at this moment.
 
-    `running` is in the order in which the requests were started, oldest first. `parked`: passes wait to go on. `alone_tokens`:
-    most tokens of a step of offline rows only; none while parked passes go first.
+    `running` has the requests as keys, in the order in which they were started, oldest first. `parked`: passes wait to go on.
+    `alone_tokens`: most tokens of a step of offline rows only; none while parked passes go first.
     """
 
     now: float
-    running: Mapping[Tenant, Sequence[Request]]
+    running: Mapping[Tenant, dict[Request, None]]
     waiting: Mapping[Tenant, Queue]
     max_tokens: int
     alone_tokens: int
