@@ -192,15 +192,15 @@ def _check(number: int, raw: bytes, seen: SeenIds) -> JobLine | BadLine:
 def _parse(raw: bytes) -> Any:
     """Strict JSON: no duplicate keys, NaN, infinities, endless integers, bottomless nesting or half surrogate pairs."""
     if b"\0" in raw:
-        raise _Fault("invalid_json", "the line contains NUL bytes; was the file written whole, and as UTF-8?")
+        raise _Fault("invalid_json_line", "the line contains NUL bytes; was the file written whole, and as UTF-8?")
     if raw.startswith(_BOM):
-        raise _Fault("invalid_json", "the line begins with a byte-order mark; remove it (were files concatenated?)")
+        raise _Fault("invalid_json_line", "the line begins with a byte-order mark; remove it (were files concatenated?)")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Fault("invalid_json", f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+        raise _Fault("invalid_json_line", f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     if _too_deep(raw):
-        raise _Fault("invalid_json", f"the JSON is nested deeper than {MAX_DEPTH} levels; flatten it")
+        raise _Fault("invalid_json_line", f"the JSON is nested deeper than {MAX_DEPTH} levels; flatten it")
     try:
         item = json.loads(
             text,
@@ -213,12 +213,14 @@ def _parse(raw: bytes) -> Any:
             json.dumps(item, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         raise _Fault(
-            "invalid_json", f"not valid JSON: {error.msg} at character {error.pos + 1}; write one JSON object a line"
+            "invalid_json_line", f"not valid JSON: {error.msg} at character {error.pos + 1}; write one JSON object a line"
         ) from None
     except UnicodeEncodeError:
-        raise _Fault("invalid_json", "the text holds half of a surrogate pair (\\ud800…); write the whole character") from None
+        raise _Fault(
+            "invalid_json_line", "the text holds half of a surrogate pair (\\ud800…); write the whole character"
+        ) from None
     except RecursionError:
-        raise _Fault("invalid_json", "the JSON is nested too deeply; flatten it") from None
+        raise _Fault("invalid_json_line", "the JSON is nested too deeply; flatten it") from None
     return item
 
 
@@ -239,24 +241,24 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
         name = next(name for name in names if names.count(name) > 1)
-        raise _Fault("invalid_json", f"the key {name[:100]!r} occurs twice in one object; keep one", name[:100])
+        raise _Fault("invalid_json_line", f"the key {name[:100]!r} occurs twice in one object; keep one", name[:100])
     return table
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise _Fault("invalid_json", f"{name} is not JSON; use a number or null")
+    raise _Fault("invalid_json_line", f"{name} is not JSON; use a number or null")
 
 
 def _bounded_int(digits: str) -> int:
     if len(digits) > MAX_INT_DIGITS:
-        raise _Fault("invalid_json", f"an integer of {len(digits)} digits; none may exceed 64 bits")
+        raise _Fault("invalid_json_line", f"an integer of {len(digits)} digits; none may exceed 64 bits")
     return int(digits)
 
 
 def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise _Fault("invalid_json", f"the number {text[:20]} is too large for a float")
+        raise _Fault("invalid_json_line", f"the number {text[:20]} is too large for a float")
     return value
 
 

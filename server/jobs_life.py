@@ -258,7 +258,8 @@ class Life:
                         break
                     total += 1
                     guessed += _guess(line)
-                    errors += self._errors_of(line, models)
+                    found = self._errors_of(line, models)
+                    errors += [] if self.record.skip_bad_lines else found
             except (JobError, OSError) as error:
                 errors.append(LineError("invalid_input_file", f"the input file cannot be read: {error}"))
         if not total and not errors:
@@ -273,11 +274,11 @@ class Life:
             await self._save(status="in_progress", in_progress_at=started, total=total, estimate=guessed / total, models=names)
 
     def _errors_of(self, line: JobLine | BadLine, models: set[str | None]) -> list[LineError]:
-        if self.record.skip_bad_lines:
-            return []
+        """What is wrong with a line, if anything is; a model that is served goes to `models`."""
         if isinstance(line, BadLine):
             return [LineError(line.code, line.message, line.param, line.number)]
-        model = line.body.get("model")
+        assert self._shared.engine is not None
+        model = line.body.get("model") or self._shared.engine.resolve(None, Tenant.OFFLINE).id
         if not isinstance(model, str) or model in models:
             return []  # a model of another type is the line's own error, like every other parameter
         if self._serves(model):
@@ -306,7 +307,7 @@ class Life:
         for line in read_lines(path, facts, self._shared.max_line_bytes):
             if isinstance(line, JobLine) and line.url != self.record.endpoint:
                 message = f"the batch's endpoint is {self.record.endpoint}, this line's url {line.url}"
-                yield BadLine(line.number, line.custom_id, "mismatched_endpoint", message, "url", line.size)
+                yield BadLine(line.number, line.custom_id, "url_mismatch", message, "url", line.size)
             else:
                 yield line
 

@@ -198,7 +198,7 @@ def test_engine_answers_and_rejections(real: Files) -> None:
         assert bad[name]["response"]["body"]["error"]["code"] == kind
     broken = bad[None]  # type: ignore[index]
     assert broken["response"] is None
-    assert broken["error"]["code"] == "invalid_json" and broken["error"]["line"] == 6
+    assert broken["error"]["code"] == "invalid_json_line" and broken["error"]["line"] == 6
 
 
 def test_a_line_told_to_try_again_later_is_tried_again(toy: Files) -> None:

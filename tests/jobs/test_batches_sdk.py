@@ -68,7 +68,7 @@ async def test_a_batch_from_upload_to_results(engine: Engine, tmp_path: Path) ->
         output, errors = await records(client, batch.output_file_id), await records(client, batch.error_file_id)
         listed = await client.files.retrieve(batch.output_file_id)
 
-    assert batch.status == "completed"
+    assert (batch.status, batch.model) == ("completed", "org/tiny")
     counts = batch.request_counts
     assert (counts.total, counts.completed, counts.failed) == (21, 20, 1)
     assert output.keys() == {f"id-{n}" for n in range(20)} and errors.keys() == {"id-20"}
@@ -93,9 +93,9 @@ async def test_bad_lines_fail_the_whole_batch_and_are_told_by_number(engine: Eng
 
     assert batch.status == "failed" and batch.failed_at and batch.output_file_id is None
     assert [(error.line, error.code) for error in batch.errors.data] == [
-        (2, "invalid_json"),
+        (2, "invalid_json_line"),
         (3, "duplicate_custom_id"),
-        (4, "mismatched_endpoint"),
+        (4, "url_mismatch"),
         (5, "model_not_found"),
     ]
 
@@ -108,6 +108,7 @@ async def test_bad_lines_may_be_passed_over(engine: Engine, tmp_path: Path) -> N
         errors = [json.loads(text) for text in (await client.files.content(batch.error_file_id)).text.splitlines()]
 
     assert batch.status == "completed" and (batch.request_counts.total, batch.request_counts.failed) == (5, 3)
+    assert batch.model == "org/tiny", "the one that lines without a model are answered by"
     assert output.keys() == {"id-1", "id-3"}
     assert sorted(item["error"]["line"] for item in errors if item["error"]) == [2, 4]
 

@@ -48,7 +48,7 @@ async def test_lines_are_read_no_further_than_records_are_written(tmp_path: Path
             if number % 10:
                 yield JobLine(number, f"id-{number}", "/v1/completions", {"prompt": "x"}, 100)
             else:
-                yield BadLine(number, f"id-{number}", "invalid_json", "it is no JSON", size=100)
+                yield BadLine(number, f"id-{number}", "invalid_json_line", "it is no JSON", size=100)
 
     with logs[0], logs[1]:
         for number, log in enumerate(logs):
