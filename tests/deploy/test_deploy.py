@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from configparser import RawConfigParser
 from pathlib import Path
@@ -80,6 +82,38 @@ def test_the_images_paths_exist_and_its_command_parses(keys: Path) -> None:
     entry, command = (json.loads(re.search(rf"^{name} (.+)$", text, re.MULTILINE)[1]) for name in ("ENTRYPOINT", "CMD"))  # type: ignore[index]
     check_command([*entry, *command], keys, DEPLOY / "sluice.yaml")
     assert re.search(r"^USER (?!root)\w+$", text, re.MULTILINE)
+
+
+def test_the_builder_is_sent_what_the_image_copies() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    let_through = set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    copied = {source for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE) for source in line.split()[:-1]}
+    assert copied == let_through
+
+
+def test_what_cannot_be_made_again_is_kept_apart_from_the_cache() -> None:
+    """In the image and in the unit: files and batches in a folder of their own, that outlives both."""
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "")
+    folders = dict(re.findall(r"\b(SLUICE_\w+)=(\S+)", text))
+    assert set(folders) == {"SLUICE_CACHE", "SLUICE_STATE"} and len(set(folders.values())) == 2
+    (volumes,) = re.findall(r"^VOLUME (.+)$", text, re.MULTILINE)
+    assert set(json.loads(volumes)) == set(folders.values())
+    service = unit()["Service"]
+    environment = dict(line.split("=", 1) for line in service["Environment"].splitlines())
+    assert environment["SLUICE_CACHE"] == "/var/cache/" + service["CacheDirectory"] == folders["SLUICE_CACHE"]
+    assert environment["SLUICE_STATE"] == "/var/lib/" + service["StateDirectory"] == folders["SLUICE_STATE"]
+
+
+async def test_the_images_health_check_tells_a_server_that_loads_from_one_that_serves(tmp_path: Path) -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    check = json.loads(re.search(r"^HEALTHCHECK .+?CMD (\[.+?\])$", text, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
+    with make_engine(tmp_path) as engine:
+        async with serving(None) as server:
+            words = [sys.executable, *(word.replace(":8000", f":{server.port}") for word in check[1:])]
+            for ready in (False, True):
+                done = await asyncio.to_thread(subprocess.run, words, capture_output=True, timeout=60)
+                assert (done.returncode == 0) is ready, done.stderr
+                server.service.start(engine)
 
 
 def test_the_image_has_all_packages() -> None:
