@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -95,12 +95,16 @@ class Remote:
         import aiohttp
 
         url = _first_url(source)
-        try:
+
+        async def upload() -> dict[str, Any]:
             with source.open("rb") as content:
                 form = aiohttp.FormData({"purpose": "batch"})
                 form.add_field("file", content, filename=source.name, content_type="application/jsonl")
                 async with session.post(self.url + "/v1/files", data=form) as response:
-                    file = await self._answer(response)
+                    return await self._answer(response)
+
+        try:
+            file = await self._patiently(upload, _Away)
         except aiohttp.ClientError as error:
             raise ServerRefused(f"cannot upload to {self.url}: {error}") from None
         body: dict[str, Any] = {"input_file_id": file["id"], "endpoint": url, "completion_window": self.window}
@@ -108,22 +112,36 @@ class Remote:
             body["priority"] = self.priority
         if self.skip_bad_lines:
             body["on_bad_line"] = "skip"
-        try:
+
+        async def create() -> dict[str, Any]:
             async with session.post(self.url + "/v1/batches", json=body) as response:
                 return await self._answer(response)
-        except aiohttp.ClientError as error:
-            raise ServerRefused(f"the server went away before the batch was created: {error}") from None
+
+        try:
+            batch: dict[str, Any] = await self._patiently(create, _Away)
+        except BaseException as error:
+            with suppress(aiohttp.ClientError, OSError):  # nobody else knows of the file; a batch that uses it keeps it
+                async with session.delete(f"{self.url}/v1/files/{file['id']}"):
+                    pass
+            if isinstance(error, aiohttp.ClientError):
+                raise ServerRefused(f"the server went away before the batch was created: {error}") from None
+            raise
+        return batch
 
     async def _json(self, session: aiohttp.ClientSession, method: str, path: str) -> dict[str, Any]:
+        import aiohttp
+
         async def ask() -> dict[str, Any]:
             async with session.request(method, self.url + path) as response:
                 return await self._answer(response)
 
-        answer: dict[str, Any] = await self._patiently(ask)
+        answer: dict[str, Any] = await self._patiently(ask, aiohttp.ClientError, TimeoutError, _Away)
         return answer
 
     async def _download(self, session: aiohttp.ClientSession, file_id: str, path: Path) -> None:
         """All of a file, or none of it."""
+        import aiohttp
+
         part = path.with_name(path.name + ".part")
 
         async def fetch() -> None:
@@ -137,23 +155,24 @@ class Remote:
                     os.fsync(file.fileno())
 
         try:
-            await self._patiently(fetch)
+            await self._patiently(fetch, aiohttp.ClientError, TimeoutError, _Away)
             part.replace(path)
         except OSError as error:
             raise JobError(f"cannot write {path}: {error.strerror}; the results stay on the server") from None
         self.say(f"wrote {path}")
 
-    async def _patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """What can be asked again is asked again while the server is away."""
-        import aiohttp
-
+    async def _patiently(self, attempt: Callable[[], Awaitable[Any]], *passing: type[Exception]) -> Any:
+        """Try again, for a while, what ended in one of the errors that may pass by themselves."""
         waited, pause = 0.0, 0.5
         while True:
             try:
                 return await attempt()
-            except (aiohttp.ClientError, TimeoutError, _Away) as error:
+            except passing as error:
                 if waited >= self.patience:
-                    raise ServerGone(f"no answer from {self.url} for {waited:.0f} s: {error}") from None
+                    what = "still says" if isinstance(error, _Away) else "does not answer"
+                    raise ServerGone(f"{self.url} {what} after {waited:.0f} s: {error}") from None
+                if isinstance(error, _Away) and not waited:
+                    self.say(f"waiting: {error}")
                 await asyncio.sleep(pause)
                 waited, pause = waited + pause, min(2 * pause, 10.0)
 
@@ -167,7 +186,7 @@ class Remote:
             return body
         error = body.get("error") if isinstance(body, dict) else None
         message = str(error.get("message")) if isinstance(error, dict) else raw[:200].decode(errors="replace")
-        if response.status == 503 and response.method == "GET" and "Retry-After" in response.headers:
+        if response.status in (429, 503) and "Retry-After" in response.headers:
             raise _Away(message)
         raise ServerRefused(f"{self.url} answered {response.status}: {message}")
 

@@ -75,6 +75,8 @@ class ServerConfig:
         None, "folder for files and batches, or 'none' for neither (default: sluice in the user's state folder)"
     )
     data_quota: int = _knob(0, "most bytes of stored files; 0: no limit")
+    min_free_disk: int = _knob(64 * 2**20, "uploads are refused where they would leave less of the disk free than this")
+    max_files: int = _knob(100_000, "most stored files; 0: no limit")
     max_file_size: int = _knob(200 * 2**20, "largest file taken")
     max_batches: int = _knob(1000, "most unfinished batches")
     max_batches_per_key: int = _knob(0, "most unfinished batches of one key; 0: no limit")

@@ -33,8 +33,10 @@ async def create(request: web.Request) -> web.StreamResponse:
     config = request.app[SERVICE].config
     if (request.content_length or 0) > config.max_file_size + (_MAX_FIELD << 4):
         _too_large(config.max_file_size)
-    if config.data_quota and await jobs.io(jobs.store.total_bytes) >= config.data_quota:
-        raise refused(507, f"the stored files reach their limit of {config.data_quota} bytes; delete some", "storage_full")
+    count, size = await jobs.io(jobs.store.totals)
+    for stored, limit, what in ((size, config.data_quota, "bytes"), (count, config.max_files, "files")):
+        if limit and stored >= limit:
+            raise refused(507, f"the stored files reach their limit of {limit} {what}; delete some", "storage_full")
     form = _Form(request, jobs)
     try:
         with full_disk():
@@ -80,11 +82,17 @@ class _Form:
         if self.upload is not None:
             raise InvalidRequest("the form has two files; send one", param="file")
         self._name = (part.filename or "upload.jsonl")[:_MAX_NAME]
-        self.upload = await self._jobs.io(self._jobs.store.upload)
+        self.upload = self._jobs.store.upload()
         while chunk := await self._patiently(part.read_chunk(_CHUNK)):
             if self.upload.size + len(chunk) > self._config.max_file_size:
                 _too_large(self._config.max_file_size)
-            await self._jobs.io(self.upload.write, bytes(chunk))
+            await self._jobs.io(self._write, self.upload, bytes(chunk))
+
+    def _write(self, upload: Upload, data: bytes) -> None:
+        """What is left of the disk is for the answers of batches."""
+        if self._jobs.store.free_bytes() < self._config.min_free_disk + len(data):
+            raise StoreFull("the upload cannot be written: little is left of the disk", "disk_full")
+        upload.write(data)
 
     async def _field(self, part: BodyPartReader) -> str:
         content = b""

@@ -303,7 +303,8 @@ class Jobs:
 
     async def _tick(self) -> None:
         """Look at the clock and at what was done, and put the jobs in order."""
-        if jump := await asyncio.to_thread(self._follow_clock):
+        if self.now.jump():
+            jump = await asyncio.to_thread(self._follow_clock)
             for life in self._lives.values():
                 life.moved(jump)
         now, at = self.now(), time.monotonic()

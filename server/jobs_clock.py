@@ -22,7 +22,7 @@ class BootClock:
     """Seconds since the machine was started, in which it slept included: the same for all of its processes."""
 
     def now(self) -> float:
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))  # the first is Linux's
 
 
 def boot_id() -> str:

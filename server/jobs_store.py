@@ -155,7 +155,7 @@ def new_id(prefix: str) -> str:
 
 
 class Upload:
-    """A file on its way in: written in pieces, then kept by `Store.keep` or forgotten.
+    """A file on its way in: written in pieces, then kept by `Store.keep` or forgotten. Opened by the first write.
 
     Its calls come from threads, and `close` perhaps while one of them still writes: the client may leave at any moment.
     """
@@ -168,22 +168,31 @@ class Upload:
         self.lines = 0
         self._digest = hashlib.sha256()
         self._last = b"\n"
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._fd: int | None = None
+        self._closed = False
+
+    def _open(self) -> int:
+        """Under the lock. Raises OSError, also if it was closed."""
+        if self._closed:
+            raise OSError(errno.EBADF, "it was given up")
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        return self._fd
 
     def write(self, data: bytes) -> None:
         """Append. Raises StoreFull."""
         with self._lock, _disk("the upload"):
-            view = memoryview(data)
+            fd, view = self._open(), memoryview(data)
             while view:
-                view = view[os.write(self._fd, view) :]
+                view = view[os.write(fd, view) :]
         self.size += len(data)
         self.lines += data.count(b"\n")
         self._last = data[-1:] or self._last
         self._digest.update(data)
 
     def sync(self) -> None:
-        with _disk("the upload"):
-            os.fsync(self._fd)
+        with self._lock, _disk("the upload"):
+            os.fsync(self._open())
 
     @property
     def sha256(self) -> str:
@@ -196,9 +205,11 @@ class Upload:
 
     def close(self) -> None:
         """Forget it, unless it was kept."""
-        with self._lock, contextlib.suppress(OSError):
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            self._closed = True
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
         with contextlib.suppress(OSError):
             self.path.unlink()
 
@@ -280,8 +291,7 @@ class Store:
         return self._files / file_id
 
     def upload(self) -> Upload:
-        with _disk("the upload"):
-            return Upload(self._files / (new_id("file-") + ".part"))
+        return Upload(self._files / (new_id("file-") + ".part"))
 
     def download(self, file_id: str) -> Download:
         return Download(self.path(file_id))
@@ -327,8 +337,16 @@ class Store:
         )
         return [row[0] for row in rows]
 
-    def total_bytes(self) -> int:
-        return int(self._query("SELECT coalesce(sum(bytes), 0) FROM files")[0][0])
+    def totals(self) -> tuple[int, int]:
+        """How many files are stored, and their bytes."""
+        ((count, size),) = self._query("SELECT count(*), coalesce(sum(bytes), 0) FROM files")
+        return int(count), int(size)
+
+    def free_bytes(self) -> int:
+        """What this user may still write to the disk. Raises StoreFull if it does not say."""
+        with _disk("the data folder"):
+            disk = os.statvfs(self._files)
+        return disk.f_bavail * disk.f_frsize
 
     def sweep(self) -> int:
         """Remove what no record speaks of: uploads that a kill cut off, files whose deletion it did. Returns how many."""

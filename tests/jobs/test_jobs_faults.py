@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 async def test_a_full_disk_pauses_the_job_and_hurts_nobody_online(engine: Engine, small_disk: Path) -> None:
     data = jsonl(*(line(n, max_tokens=64, ignore_eos=True, n=8) for n in range(40)))
-    async with serving(engine, data_dir=str(small_disk), max_inflight=4) as server:
+    async with serving(engine, data_dir=str(small_disk), max_inflight=4, min_free_disk=0) as server:
         batch_id = await submit(server, data)
         ballast = small_disk / "ballast"
         with ballast.open("wb", buffering=0) as file:
@@ -213,6 +214,25 @@ async def test_limits_of_uploads(engine: Engine, tmp_path: Path) -> None:
         status, body = await upload(server, b"x")
         assert (status, body["error"]["code"]) == (507, "storage_full")
         assert len(list((tmp_path / "files").iterdir())) == 2
+
+
+async def test_files_are_bounded_in_number(engine: Engine, tmp_path: Path) -> None:
+    async with serving(engine, data_dir=str(tmp_path), max_files=2) as server:
+        files = [(await upload(server, b""))[1]["id"] for _ in range(2)]
+        status, body = await upload(server, b"")
+        assert (status, body["error"]["code"]) == (507, "storage_full") and "2 files" in body["error"]["message"]
+        async with server.client.delete(f"{server.url}/v1/files/{files[0]}") as response:
+            assert response.status == 200
+        assert (await upload(server, b""))[0] == 200
+
+
+async def test_uploads_leave_some_of_the_disk_to_the_batches(engine: Engine, small_disk: Path) -> None:
+    async with serving(engine, data_dir=str(small_disk), min_free_disk=2**19) as server:
+        assert (await upload(server, b"x" * 1000))[0] == 200
+        status, body = await upload(server, bytes(700_000))  # it would fit
+        assert (status, body["error"]["code"]) == (507, "disk_full"), body
+        batch = await ended(server, await submit(server, jsonl(line(1))))
+        assert batch["status"] == "completed"
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "x" * 5000, "‮evil.jsonl", ""])
@@ -282,6 +302,35 @@ async def test_a_client_that_leaves_in_its_upload_leaves_nothing(engine: Engine,
             while not list((tmp_path / "files").iterdir()):
                 await asyncio.sleep(0.01)
         writer.transport.abort()
+        await eventually_empty(tmp_path / "files")
+
+
+async def test_a_client_that_leaves_before_its_upload_has_a_file_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
+    """It leaves while the disk is busy with something else."""
+    async with serving(engine, data_dir=str(tmp_path)) as server:
+        jobs = server.service.batches
+        assert jobs is not None
+        asked, go_on, totals = threading.Event(), threading.Event(), jobs.store.totals
+        free = jobs.store.free_bytes
+
+        def busy() -> int:
+            asked.set()
+            assert go_on.wait(PATIENCE)
+            return free()
+
+        jobs.store.free_bytes = busy  # type: ignore[method-assign]
+        before = len(os.listdir("/proc/self/fd"))
+        request = asyncio.create_task(upload(server, b"x" * 1000))
+        assert await asyncio.to_thread(asked.wait, PATIENCE)
+        request.cancel()
+        left = server.service.metrics.http.labels("/v1/files", "POST", "499")
+        async with asyncio.timeout(PATIENCE):
+            while not left._value.get():
+                await asyncio.sleep(0.01)
+            go_on.set()
+            assert await jobs.io(totals) == (0, 0)
+            while len(os.listdir("/proc/self/fd")) > before:
+                await asyncio.sleep(0.01)
         await eventually_empty(tmp_path / "files")
 
 

@@ -97,6 +97,27 @@ async def test_an_interrupt_leaves_the_batch_running_and_says_how_to_get_back(
         assert (tmp_path / "out.errors.jsonl").exists()
 
 
+async def test_a_full_share_is_waited_for(engine: Engine, tmp_path: Path, lines: Path) -> None:
+    """And who gives up meanwhile leaves no file behind."""
+    write_lines(lines, 3, max_tokens=4)
+    key = {"headers": {"Authorization": "Bearer k"}}
+    async with serving(None, data_dir=str(tmp_path / "data"), api_key=("k",), max_batches_per_key=1) as server:
+        first = Command(server.url, "-i", str(lines), "-o", str(tmp_path / "first.jsonl"))
+        await first.says("created batch_")
+        for last in (False, True):
+            second = Command(server.url, "-i", str(lines), "-o", str(tmp_path / "second.jsonl"))
+            await second.says("waiting: this key has 1 unfinished batches already")
+            if not last:
+                second.process.send_signal(signal.SIGINT)
+                status, said = await second.end()
+                assert status == 130 and "before the batch was created" in said
+                assert len((await server.get("/v1/files", **key))[1]["data"]) == 1
+        server.service.start(engine)
+        assert (await first.end())[0] == 0
+        status, said = await second.end()
+        assert status == 0 and "completed: 3 lines, 3 ok" in said
+
+
 async def test_bad_lines_and_wrong_keys_are_told(engine: Engine, tmp_path: Path, lines: Path) -> None:
     out = str(tmp_path / "out.jsonl")
     lines.write_text('{"url": "/v1/completions"}\n')
