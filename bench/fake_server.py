@@ -26,6 +26,7 @@ from engine.spec import load_spec
 from server.admission import Connections
 from server.app import app_of
 from server.config import ServerConfig
+from server.jobs import Jobs, open_jobs
 from server.listen import bind
 from server.run import settle_garbage
 from server.service import Service
@@ -108,6 +109,7 @@ async def _serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     engine: Engine | None = None
+    jobs: Jobs | None = None
     if args.arm == "echo":
         chunks = [bytes.fromhex(chunk) for chunk in json.loads(await reader.readline())]
         runner = web.AppRunner(echo_app(chunks, args.step_ms / 1e3), access_log=None)
@@ -119,8 +121,9 @@ async def _serve(args: argparse.Namespace) -> None:
         options = {"max_num_seqs": args.max_num_seqs, "max_num_batched_tokens": max(2048, args.max_num_seqs)}
         options["max_num_queued_reqs"] = args.max_num_queued_reqs
         engine = fake_engine(folder, step_seconds=args.step_ms / 1e3, pages=args.pages, **options)
-        config = ServerConfig(max_connections=4096, sse_write_timeout=args.sse_write_timeout)
-        service = Service(config, engine)
+        config = ServerConfig(max_connections=4096, sse_write_timeout=args.sse_write_timeout, data_dir=args.data_dir)
+        jobs = open_jobs(config)
+        service = Service(config, engine, jobs)
         runner = web.AppRunner(app_of(service), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         assert runner.server is not None
@@ -135,6 +138,8 @@ async def _serve(args: argparse.Namespace) -> None:
     watch.cancel()
     listener.close()
     await runner.cleanup()
+    if jobs is not None:
+        jobs.close()
     if engine is not None:
         engine.close()
 
@@ -148,6 +153,7 @@ def main() -> int:
     parser.add_argument("--max-num-queued-reqs", type=int, default=1024)
     parser.add_argument("--pages", type=int, default=65_536, help="pages of KV memory")
     parser.add_argument("--sse-write-timeout", type=float, default=30.0)
+    parser.add_argument("--data-dir", default="none", help="folder for files and batches")
     asyncio.run(_serve(parser.parse_args()))
     return 0
 

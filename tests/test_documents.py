@@ -17,6 +17,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 
 # Flags of useradd, systemctl and docker, which deploy/README.md has people run.
 OTHER_PROGRAMS = {"--system", "--home-dir", "--now", "--rm", "--init", "--cap-drop", "--security-opt", "--build-arg"}
+OTHER_PROGRAMS |= {"--gpus", "--what"}
 
 
 def name_of(document: Path) -> str:
@@ -78,7 +79,7 @@ def test_every_route_is_in_the_table() -> None:
     assert listed == {f"{route.method} {plain_path(route.path)}" for route in ROUTES}
 
 
-@pytest.mark.parametrize("document", ["docs/faults.md", "docs/api.md"])
+@pytest.mark.parametrize("document", ["docs/faults.md", "docs/api.md", "SECURITY.md"])
 def test_the_tests_that_are_named_exist(document: str) -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text(encoding="utf-8")))
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
