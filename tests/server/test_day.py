@@ -70,11 +70,12 @@ async def test_a_day_leaves_nothing(server: Server, tmp_path: Path) -> None:
             server.service.keys.load(())
             await day.hour(200, 0)
         await day.night()
-        after = await left(server)
+        async with asyncio.timeout(60):  # a client's own socket may be closed a moment later
+            while any(now > then for now, then in zip(await left(server), warm, strict=True)):
+                await asyncio.sleep(0.05)
     assert day.faults == []
     assert {"batch completed", "batch cancelled", "left", "flex 200", "bad 404", "broken upload"} <= set(day.counts)
-    assert after[3] == 0
-    assert all(now <= then for now, then in zip(after, warm, strict=True)), (warm, after)
+    assert warm[3] == 0
     service, engine = server.service, engine_of(server)
     assert not engine._live and not engine._backlog.tokens and not engine._backlog._num_sequences
     assert not service.in_flight.total and not service.jobs and not service.bodies.held
