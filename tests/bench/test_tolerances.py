@@ -1,0 +1,30 @@
+"""The table of tolerances on the manual clock: the same every time, and what it says of a loose tolerance is within it."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.tolerances import Simulation, main, make_trace
+from engine.fake import StepCost
+from engine.sched.slo import SloControl
+
+COST = StepCost(0.0175, 0.00045, 2e-7)
+
+
+@pytest.mark.parametrize("name", ["chat", "code"])
+def test_a_loose_tolerance_is_kept_and_used(name: str) -> None:
+    trace = make_trace(name, COST, 0.5, 120, 0)
+    alone = Simulation(trace, COST, None, 0.0)
+    assert alone.run() == 0
+    runs = [Simulation(trace, COST, SloControl("mean-tpot", increase=0.5), 0.5) for _ in range(2)]
+    offline = {run.run() for run in runs}
+    assert len(offline) == 1, "nothing is random"
+    assert offline.pop() > 100
+    assert 1.05 < runs[0].metric("mean-tpot") / alone.metric("mean-tpot") <= 1.5
+
+
+def test_the_table_has_a_row_for_each_metric_and_a_cell_for_each_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--traces code --loads 0.3 --metrics p99-ttft --tolerances 0.1 0.5 --requests 12"
+    assert main(arguments.split()) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| p99-ttft")]
+    assert [row.count("|") for row in rows] == [5]
