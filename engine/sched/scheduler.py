@@ -140,8 +140,7 @@ class Scheduler:
 
     def has_started(self, request_id: str) -> bool:
         """Whether it was ever admitted and has not ended. Any thread may ask."""
-        request = self._requests.get(request_id)
-        return request is not None and request.started is not None
+        return (request := self._requests.get(request_id)) is not None and request.started is not None
 
     def unfinished(self, tenant: Tenant) -> int:
         return len(self._running[tenant]) + len(self._waiting[tenant])
