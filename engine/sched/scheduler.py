@@ -427,9 +427,8 @@ class Scheduler:
 
     def _copying(self) -> float:
         """Seconds of what there is to copy while an online request is unfinished."""
-        if self.kv.copies is None or self.may_copy:
-            return 0.0
-        return self.kv.copies.num_to_move(self.kv.holders()) * self.rotation.copy_time.blocked
+        copies = None if self.may_copy else self.kv.copies
+        return 0.0 if copies is None else copies.num_to_move(self.kv.holders()) * self.rotation.copy_time.blocked
 
     @property
     def wants_copies(self) -> bool:
