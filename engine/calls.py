@@ -32,6 +32,8 @@ MAX_CHOICES = 1024  # n times the number of prompts
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message
 MAX_PROMPT_TOKENS = 1 << 20
+SMALL_PROMPT = 4096  # characters, or token ids
+FEW_PIECES = 16  # messages or prompts
 
 _TENANTS: dict[str, Tenant | None] = {
     "auto": None,
@@ -184,14 +186,21 @@ class Call:
     cache_salt: str = ""
     constraint: Constraint | None = None  # what `params.grammar` was made from
     offer: Offer | None = None
+    chars: int = 0  # characters to render and tokenize
 
     @property
-    def chars(self) -> int:
-        """Characters to render and tokenize."""
-        if self.messages is not None:
-            offered = sum(len(str(tool.body)) for tool in self.offer.tools) if self.offer is not None else 0
-            return offered + sum(map(_chars, self.messages))
-        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
+    def small(self) -> bool:
+        """Whether it can be started within a millisecond or so."""
+        ids = sum(len(prompt) for prompt in self.prompts if not isinstance(prompt, str))
+        return self.chars + ids <= SMALL_PROMPT and len(self.messages or self.prompts) <= FEW_PIECES
+
+
+def _size(messages: Messages | None = None, prompts: Prompts = (), offer: Offer | None = None, **_: Any) -> int:
+    """Characters of a call's content."""
+    if messages is None:
+        return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    offered = sum(len(str(tool.body)) for tool in offer.tools) if offer is not None else 0
+    return offered + sum(map(_chars, messages))
 
 
 def _chars(message: Mapping[str, Any]) -> int:
@@ -254,6 +263,7 @@ def _call(wire: Body, params: SamplingParams, shape: Shape, tenant: Tenant | Non
         stream=bool(wire.stream),
         priority=wire.priority or 0,
         cache_salt=clean_text(wire.cache_salt or "", "cache_salt"),
+        chars=_size(**content),
         **content,
     )
 

@@ -35,7 +35,7 @@ from engine.formats import Constraint
 from engine.replies import Chunks, Head, Json, Prompt
 from engine.tokenizer import CHARS_PER_TOKEN
 from engine.tool_calls import FORMATS, Reader, ToolFormat, detect
-from engine.types import Completion, Cost, FinishReason, Grammar, ModelCard, Tenant
+from engine.types import Completion, Cost, Delta, FinishReason, Grammar, ModelCard, Tenant
 from engine.wire import decode, fresh_id, unsupported
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 500  # of an error
-LARGE_PROMPT = 4096  # characters; a larger one is rendered and tokenized off the event loop
+MANY_LOGPROBS = 128  # tokens with their alternatives; more of them are written down off the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +204,9 @@ async def answer(
 
 
 async def submit(engine: Engine, call: Call, *, request_id: str | None = None) -> Job:
-    """Hand `call` to the engine: all of its prompts or none. Long prompts and grammars are dealt with in other threads."""
+    """Hand `call` to the engine: all of its prompts or none. Large calls and grammars are dealt with in other threads."""
     constrained = call.params.grammar is not None or (call.offer is not None and call.offer.constrains)
-    if call.chars <= LARGE_PROMPT and not constrained and not _has_slow_template(engine, call):
+    if call.small and not constrained and not _has_slow_template(engine, call):
         with suppress(TemplateTooSlow):  # there it has more time
             return _submit(engine, call, request_id)
     threads = _threads[tenant_of(call, engine.resolve(call.model, call.tenant))]
@@ -347,6 +347,16 @@ async def finish(job: Job) -> Json:
     completions = [_whole(await generation.completion(), generation) for generation in job.generations]
     if job.call.shape.no_output:
         completions = [replies.without_output(completion) for completion in completions]
+    if sum(map(_num_logprobs, completions)) <= MANY_LOGPROBS:
+        return _body(job, completions)
+    return await asyncio.get_running_loop().run_in_executor(_threads[job.tenant].tokenizing, _body, job, completions)
+
+
+def _num_logprobs(completion: Completion) -> int:
+    return len(completion.prompt_logprobs or ()) + sum(len(choice.logprobs or ()) for choice in completion.choices)
+
+
+def _body(job: Job, completions: list[Completion]) -> Json:
     if job.call.shape.chat:
         body = replies.chat_body(job.head, job.call.shape, completions[0], job.words, job.reader)
     else:
@@ -360,6 +370,14 @@ def _whole(completion: Completion, generation: Generation) -> Completion:
     if any(choice.finish_reason is FinishReason.ABORT for choice in completion.choices):
         raise aborted(generation)
     return completion
+
+
+async def next_chunks(job: Job, chunks: Chunks, prompt: int, delta: Delta) -> list[Json]:
+    """`chunks.push`, off the event loop where it has much to write."""
+    if len(delta.prompt_logprobs or ()) + len(delta.logprobs) <= MANY_LOGPROBS:
+        return chunks.push(prompt, delta)
+    pool = _threads[job.tenant].tokenizing
+    return await asyncio.get_running_loop().run_in_executor(pool, chunks.push, prompt, delta)
 
 
 def aborted(generation: Generation) -> RequestFailed:

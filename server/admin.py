@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from engine.errors import UnknownModel
 from engine.types import ModelCard, Tenant
 from server.http import json_response
+from server.metrics import text_of
 from server.service import SERVICE
 
 
@@ -69,7 +71,7 @@ async def show_version(request: web.Request) -> web.StreamResponse:
 
 async def metrics(request: web.Request) -> web.StreamResponse:
     """GET /metrics: Prometheus text."""
-    body = request.app[SERVICE].metrics.render()
+    body = await asyncio.to_thread(text_of, request.app[SERVICE].metrics.collect())
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from engine.calls import Call
 from engine.errors import EngineDead, Overloaded, RequestFailed
-from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, parse, submit, tenant_of
+from engine.openai import CHAT, COMPLETIONS, Job, aborted, error_answer, finish, next_chunks, parse, submit, tenant_of
 from engine.replies import Chunks, cost_body
 from engine.timeline import Served, StepHistogram, Timeline
 from engine.types import Delta, FinishReason, Tenant
@@ -172,7 +172,7 @@ async def _pump(events: EventStream, job: Job, index: int, chunks: Chunks, watch
             if (text := chunks.push_text(index, delta)) is not None:
                 await events.send_json(text)
             else:
-                await events.send(*chunks.push(index, delta))
+                await events.send(*await next_chunks(job, chunks, index, delta))
 
 
 @dataclass(slots=True)

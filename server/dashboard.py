@@ -6,6 +6,7 @@ Its policy allows its own script and style, by their hashes, and nothing else.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import hashlib
@@ -62,7 +63,7 @@ async def timeline(request: web.Request) -> web.StreamResponse:
     engine = request.app[SERVICE].engine
     seconds = _seconds(request.query.get("seconds", "30"))
     headers = {"Content-Disposition": 'attachment; filename="sluice-timeline.json"'}
-    return json_response(chrome_trace(engine.timeline, seconds), headers=headers)
+    return json_response(await asyncio.to_thread(chrome_trace, engine.timeline, seconds), headers=headers)
 
 
 def _seconds(text: str) -> float:
@@ -91,14 +92,14 @@ async def state(request: web.Request) -> web.StreamResponse:
         "models": [{"id": card.id, "tenant": card.tenant.value} for card in engine.models],
         "tenants": {tenant.value: _tenant(stats, tenant) for tenant in Tenant},
         "device": _device(stats),
-        "kv": _kv(engine, stats),
+        "kv": await asyncio.to_thread(_kv, engine, stats),
         "latency": {
             tenant.value: {kind: service.metrics.recent.summary(tenant, kind) for kind in ("ttft", "tpot")} for tenant in Tenant
         },
         "slo": {kind: service.metrics.recent.targets.get(kind) for kind in ("ttft", "tpot")},
         "jobs": jobs_of(service),
     }
-    return json_response(body | _recorded(engine, after))
+    return json_response(body | await asyncio.to_thread(_recorded, engine, after))
 
 
 def _cursor(text: str) -> list[int]:

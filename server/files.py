@@ -148,10 +148,14 @@ async def index(request: web.Request) -> web.StreamResponse:
     if order not in ("asc", "desc"):
         raise InvalidRequest("order must be asc or desc", param="order")
     limit, after, purpose = page_size(request, MAX_PAGE, MAX_PAGE), query.get("after"), query.get("purpose")
-    found, more = await jobs.io(
-        lambda: jobs.store.files(request[CLIENT].name, after=after, limit=limit, newest_first=order == "desc", purpose=purpose)
-    )
-    return json_response(list_body([file_body(record) for record in found], more))
+
+    def read() -> dict[str, Any]:
+        found, more = jobs.store.files(
+            request[CLIENT].name, after=after, limit=limit, newest_first=order == "desc", purpose=purpose
+        )
+        return list_body([file_body(record) for record in found], more)
+
+    return json_response(await jobs.io(read))
 
 
 async def delete(request: web.Request) -> web.StreamResponse:

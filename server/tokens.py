@@ -9,9 +9,8 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from engine.calls import read_messages
+from engine.calls import SMALL_PROMPT, read_messages
 from engine.errors import ContextTooLong
-from engine.openai import LARGE_PROMPT
 from engine.types import ModelCard
 from engine.wire import clean_text, convert, required
 from server.http import json_response, read_json
@@ -49,7 +48,11 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     tokenizer = engine.tokenizer(card.id)
     limit = card.max_model_len
 
-    def encode() -> list[int]:
+    def encode() -> tuple[list[int], list[str] | None]:
+        tokens = ids()
+        return tokens, [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+
+    def ids() -> list[int]:
         if body.messages is not None:
             kwargs = dict(body.chat_template_kwargs or {})
             if body.continue_final_message is not None:
@@ -64,9 +67,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
         text = clean_text(body.prompt, "prompt")
         return tokenizer.encode(text, body.add_special_tokens is not False, max_tokens=limit)
 
-    small = body.messages is None and len(body.prompt or "") <= LARGE_PROMPT
-    tokens = encode() if small else await asyncio.to_thread(encode)
-    texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    small = body.messages is None and len(body.prompt or "") <= SMALL_PROMPT
+    tokens, texts = encode() if small else await asyncio.to_thread(encode)
     return json_response({"count": len(tokens), "max_model_len": card.max_model_len, "tokens": tokens, "token_strs": texts})
 
 

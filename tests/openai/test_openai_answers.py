@@ -15,9 +15,10 @@ import msgspec
 import pytest
 from serving import ENDLESS, LONG_CONTEXT, MESSAGES, HeldTokenizer, make_engine
 
+import engine.replies as replies
 from engine import Engine
 from engine.errors import ContextTooLong, EngineDead, Overloaded, RequestFailed, ShuttingDown
-from engine.openai import CHAT, COMPLETIONS, answer, error_answer, parse, submit
+from engine.openai import CHAT, COMPLETIONS, answer, error_answer, next_chunks, parse, submit
 from engine.replies import Chunks, Head, Prompt, Shape
 from engine.types import Delta, FinishReason, Tenant
 
@@ -403,6 +404,31 @@ async def test_an_error_from_another_thread_goes_with_its_reader(engine: Engine)
             await asyncio.sleep(0.01)
     finally:
         gc.enable()
+
+
+async def test_many_logprobs_are_written_down_off_the_loop(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            threads.append(threading.current_thread())
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(replies, "completion_body", watched(replies.completion_body))
+    monkeypatch.setattr(Chunks, "push", watched(Chunks.push))
+    body = {"prompt": "ab" * 100, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    (whole,) = (await body_of(engine, COMPLETIONS, body))["choices"]
+    job = await submit(engine, parse(COMPLETIONS, body | {"stream": True}))
+    chunks = job.chunks()
+    (first,) = await job.generations[0].read()
+    parts = [chunk["choices"][0] for chunk in await next_chunks(job, chunks, 0, first)]
+
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    assert parts[0]["logprobs"]["tokens"] == whole["logprobs"]["tokens"]
+    assert len(threads) == 2
+    assert threading.current_thread() not in threads
 
 
 class NoWords:

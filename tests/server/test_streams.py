@@ -284,14 +284,21 @@ async def test_a_drain_that_takes_too_long(long_engine: Engine) -> None:
         assert (await stream)[-2]["error"]["code"] == "request_failed"
 
 
-async def test_a_long_prompt_does_not_block_the_loop(tmp_path: Path) -> None:
-    """While a long prompt is being tokenized, other requests are answered."""
+LARGE = [
+    (CHAT, {"messages": [{"role": "user", "content": "all work and no play " * 300}]}),
+    (CHAT, {"messages": [{"role": "user", "content": "all work and no play"}] * 100}),
+    (TEXT, {"prompt": ["ab"] * 99 + ["all work and no play " * 30]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), LARGE, ids=["long", "many messages", "many prompts"])
+async def test_a_long_prompt_does_not_block_the_loop(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    """While it is being tokenized, other requests are answered."""
     with make_engine(tmp_path, held=True) as engine:
         tokenizer = engine.tokenizer()
         assert isinstance(tokenizer, HeldTokenizer)
         async with serving(engine) as server:
-            body = {"messages": [{"role": "user", "content": "all work and no play " * 300}]}
-            big = asyncio.create_task(server.post(CHAT, body))
+            big = asyncio.create_task(server.post(path, body))
             assert await asyncio.to_thread(tokenizer.entered.wait, 30)
 
             assert (await server.get("/health"))[0] == 200
