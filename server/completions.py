@@ -46,6 +46,7 @@ async def _complete(request: web.Request, url: str) -> web.StreamResponse:
     client = request[CLIENT]
     may_be_online = Tenant.ONLINE in client.tenants and request.headers.get(TIER_HEADER) != "flex"
     with engine.arriving(online=may_be_online) as arrival:
+        await service.turns.take()
         call = await read_json(request, lambda body: parse(url, body))
         if (priority := clamp_priority(call.priority, service.config)) != call.priority:
             call = replace(call, priority=priority)

@@ -19,6 +19,7 @@ from server.config import ServerConfig
 from server.jobs import Jobs
 from server.jobs_metrics import JobNumbers
 from server.metrics import Metrics
+from server.turns import Turns
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -49,6 +50,7 @@ class Service:
         self.keys = Keys(config)
         self.in_flight = InFlight(config)
         self.bodies = Bodies(config.max_body_memory)
+        self.turns = Turns()
         self.metrics.in_flight.set_function(lambda: self.in_flight.total)
         self.jobs: dict[Job, Asker] = {}
         if batches is not None:
