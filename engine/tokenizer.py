@@ -5,7 +5,7 @@ Owns encoding, decoding, the incremental detokenizer, and the reading of a folde
 file from `tokenizer_config.json` is done here, because importing transformers costs seconds and memory.
 
 Encoding a long text or rendering a chat takes milliseconds to seconds: callers on an event loop use a worker thread.
-The library releases the interpreter lock meanwhile, and one Tokenizer serves any number of threads.
+The library releases the interpreter lock meanwhile, for long texts, and one Tokenizer serves any number of threads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _SHOWN = ("<tool_call>", "</tool_call>")  # text of an answer even where a vocabulary declares them as control tokens
+_LONG = 4096  # characters; a longer text is encoded as a batch of one, since the library lends the lock away for batches only
 CHARS_PER_TOKEN = 16  # ordinary text has 3 to 5; a text with more than this for every free token is refused unread
 
 
@@ -97,6 +98,8 @@ class Tokenizer:
         if max_tokens is not None and len(text) > max_tokens * CHARS_PER_TOKEN:
             raise ContextTooLong(f"the text has {len(text)} characters and cannot fit into {max_tokens} tokens", param=param)
         try:
+            if len(text) > _LONG:
+                return self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
             return self._backend.encode(text, add_special_tokens=add_special).ids
         except TypeError as error:
             raise InvalidRequest("the text has an unpaired surrogate (half of a \\uD83D\\uDE00 pair)", param=param) from error

@@ -52,6 +52,15 @@ def test_encoding_is_the_librarys_own(text: str) -> None:
     assert BYTE_LEVEL.encode(text) == BACKEND.encode(text).ids
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("add_special", [True, False])
+def test_a_long_text_is_encoded_like_a_short_one(tokenizer: Tokenizer, add_special: bool) -> None:
+    text = "the cat 🙂 sat</s>\n" * 1000
+    assert tokenizer.encode(text, add_special) == tokenizer._backend.encode(text, add_special_tokens=add_special).ids
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        tokenizer.encode(text + "\ud83d")
+
+
 @given(ids_of_byte_level, ids_of_byte_level, st.booleans())
 def test_streamed_text_is_the_decoded_text(ids: list[int], prompt: list[int], skip: bool) -> None:
     assert "".join(streamed(BYTE_LEVEL, ids, prompt, skip_special=skip)) == BYTE_LEVEL.decode(ids, skip)
