@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import MESSAGES
 
@@ -394,6 +394,7 @@ FIELDS += ["max_completion_tokens", "chat_template_kwargs", "echo", "best_of", "
 FIELDS += ["structured_outputs", "guided_json", "guided_choice", "tool_choice", "bad_words", "allowed_token_ids"]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6), st.sampled_from([CHAT, COMPLETIONS]), st.booleans())
 def test_any_object_is_understood_or_refused(body: dict[str, Any], url: str, valid_prompt: bool) -> None:
     if valid_prompt:
