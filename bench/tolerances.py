@@ -25,6 +25,7 @@ from engine.core import EngineCore
 from engine.fake import FakeRunner, StepCost
 from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
+from engine.sched.modes import ModeChooser
 from engine.sched.policies import OnlineFirst, SharedStep
 from engine.sched.scheduler import Scheduler
 from engine.sched.slo import OnlineMeter, SloControl
@@ -45,17 +46,25 @@ def make_trace(name: str, cost: StepCost, load: float, count: int, seed: int) ->
 
 
 class Simulation:
-    """Online requests by the clock, beside endless offline work if there is a control, else alone."""
+    """Online requests by the clock, alone or beside endless offline work."""
 
-    def __init__(self, trace: Sequence[TraceRequest], cost: StepCost, control: SloControl | None, tolerance: float) -> None:
-        self._clock, self._trace, self._control = ManualClock(), trace, control
+    def __init__(
+        self, trace: Sequence[TraceRequest], cost: StepCost, control: SloControl | None, tolerance: float,
+        *, exclusive: bool = False, auto: bool = False,
+    ) -> None:  # fmt: skip
+        """Offline rows ride where there is a control, and with `auto` only while a ModeChooser says so. With `exclusive` and no
+        control, offline work has what online leaves idle."""
+        self._clock, self._trace = ManualClock(), trace
+        self._beside = exclusive or control is not None
+        modes = ModeChooser(self._clock.now()) if auto else None
         self._scheduler = Scheduler(
             KVManager(PagePool(1, 4000), 16, prefix_caching=False),
-            OnlineFirst() if control is None else SharedStep(increase=tolerance, control=control),
+            OnlineFirst() if control is None else SharedStep(increase=tolerance, control=control, modes=modes),
             self._clock, max_num_seqs=256, max_num_batched_tokens=_STEP_TOKENS, max_model_len=2000,
         )  # fmt: skip
         runner = FakeRunner(page_size=16, cost=cost, clock=self._clock, num_layers=_LAYERS)
         self._core = EngineCore(self._scheduler, runner, interrupted=self._due)
+        self._core.modes = modes
         if control is not None:
             self._core.meter = OnlineMeter(control, self._scheduler.delays, self._scheduler.step_time, _STEP_TOKENS)
         self._random = random.Random(1)
@@ -78,7 +87,7 @@ class Simulation:
                 request = self._trace[self._next]
                 self._submit(str(self._next), Tenant.ONLINE, request.prompt_tokens, request.output_tokens, request.arrival_s)
                 self._next += 1
-            while self._control is not None and self._scheduler.unfinished(Tenant.OFFLINE) < _BACKLOG:
+            while self._beside and self._scheduler.unfinished(Tenant.OFFLINE) < _BACKLOG:
                 self._made += 1
                 prompt, output = round(160 * self._random.uniform(0.5, 1.5)), round(32 * self._random.uniform(0.5, 1.5))
                 self._submit(f"off-{self._made}", Tenant.OFFLINE, prompt, output)
@@ -125,6 +134,23 @@ def table(args: argparse.Namespace, name: str, load: float) -> Iterator[str]:
     yield ""
 
 
+def choice(args: argparse.Namespace, name: str, load: float) -> Iterator[str]:
+    """Exclusive, step and auto, with the first of the metrics as target and the first of the tolerances."""
+    cost = StepCost(args.step_ms / 1e3, args.token_ms / 1e3, args.context_ms / 1e3)
+    trace = make_trace(name, cost, load, args.requests, args.seed)
+    metric, tolerance = args.metrics[0], args.tolerances[0]
+    yield f"{name}, online load {load:.0%}; {metric} within +{tolerance:.0%}:"
+    yield ""
+    yield "| sharing | " + " | ".join(f"{one}, ms" for one in METRICS) + " | offline tok/s |"
+    yield "|---|" + "--:|" * (len(METRICS) + 1)
+    for sharing in ("none", "exclusive", "step", "auto"):
+        control = SloControl(metric, increase=tolerance) if sharing in ("step", "auto") else None
+        run = Simulation(trace, cost, control, tolerance, exclusive=sharing == "exclusive", auto=sharing == "auto")
+        offline = run.run()
+        yield f"| {sharing} | {' | '.join(f'{1e3 * run.metric(one):.1f}' for one in METRICS)} | {offline:.0f} |"
+    yield ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.tolerances", description=(__doc__ or "").split("\n\n")[0])
@@ -134,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES))
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--modes", action="store_true", help="compare exclusive, step and auto instead")
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=17.5, help="of a step, whatever is in it")
     parser.add_argument("--token-ms", type=float, default=0.45, help="of a token that is computed")
@@ -144,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [f"    python -m bench.tolerances {shlex.join(argv)}".rstrip(), ""]
     for name in args.traces:
         for load in args.loads:
-            for line in table(args, name, load):
+            for line in (choice if args.modes else table)(args, name, load):
                 print(line, flush=True)
                 lines.append(line)
     if args.out is not None:

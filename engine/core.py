@@ -363,10 +363,11 @@ class EngineCore:
         scale = 1.0 if self.meter is None else self.meter.control.scale
         return StepStats(self.mode.value, scale, LAYER_BUCKETS, tuple(responses.counts), responses.total)
 
-    @staticmethod
-    def _tell_modes(modes: ModeChooser, plan: StepPlan, seconds: float) -> None:
-        offline = sum(row.count for row in plan.rows if row.tenant is Tenant.OFFLINE)
-        if plan.preemptible or modes.mode is Mode.STEP:
+    def _tell_modes(self, modes: ModeChooser, plan: StepPlan, seconds: float) -> None:
+        """What a whole step yielded, if its offline rows were as many as the mode allows."""
+        could_ride = self.scheduler.step_time.ready and self.scheduler.unfinished(Tenant.OFFLINE) > 0
+        if plan.preemptible or (modes.mode is Mode.STEP and could_ride):
+            offline = sum(row.count for row in plan.rows if row.tenant is Tenant.OFFLINE)
             modes.ran(seconds, offline, shared=not plan.preemptible)
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[TokenOut]:

@@ -18,6 +18,7 @@ class Mode(StrEnum):
 
 _MEMORY_SECONDS = 10.0  # over which idle time and rates are averaged
 _LEAST_SECONDS = 5.0  # in one mode
+_RETRY_SECONDS = 30.0  # without riding, after which what it is worth is learned again
 _WORTH, _NOT_WORTH = 0.03, 0.015  # of offline throughput: what riding must add to begin, and to go on
 _LONGEST_GAP = 1.0  # seconds between two looks; in a longer one the engine slept
 
@@ -60,7 +61,8 @@ class ModeChooser:
         mode = self.mode
         if self.mode is Mode.STEP and riding < _NOT_WORTH * idle:
             mode = Mode.EXCLUSIVE
-        elif self.mode is Mode.EXCLUSIVE and riding > _WORTH * idle:
+        elif self.mode is Mode.EXCLUSIVE and (riding > _WORTH * idle or now - self._since >= _RETRY_SECONDS):
             mode = Mode.STEP
+            del self._rates[True]
         if mode is not self.mode:
             self.mode, self._since = mode, now

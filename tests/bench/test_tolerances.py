@@ -28,3 +28,14 @@ def test_the_table_has_a_row_for_each_metric_and_a_cell_for_each_tolerance(capsy
     assert main(arguments.split()) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| p99-ttft")]
     assert [row.count("|") for row in rows] == [5]
+
+
+def test_modes_are_compared_and_exclusive_leaves_online_as_it_is_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--modes --traces chat --loads 0.3 --metrics mean-tpot --tolerances 0.3 --requests 40"
+    assert main(arguments.split()) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {row[1].strip(): [float(cell) for cell in row[2:-1]] for row in rows[1:]}
+    assert list(found) == ["none", "exclusive", "step", "auto"]
+    assert found["exclusive"][2:4] == pytest.approx(found["none"][2:4], rel=0.01)
+    assert found["step"][2] > 1.05 * found["none"][2]
+    assert found["none"][-1] == 0 < found["exclusive"][-1]

@@ -297,6 +297,18 @@ def test_what_rides_well_goes_on_riding() -> None:
     assert chooser.mode is Mode.STEP
 
 
+def test_what_riding_is_worth_is_learned_again_now_and_then() -> None:
+    chooser = ModeChooser(0.0)
+    now = feed(chooser, 20, busy_share=0.5, riding=0, begin=0.0)
+    assert chooser.mode is Mode.EXCLUSIVE
+    modes = set()
+    for _ in range(120):
+        now = feed(chooser, 1, busy_share=0.5, riding=200, begin=now)
+        modes.add(chooser.mode)
+    assert chooser.mode is Mode.STEP
+    assert modes == {Mode.EXCLUSIVE, Mode.STEP}
+
+
 def test_the_mode_does_not_flutter() -> None:
     """Traffic on the border between the modes: few changes, and never two within seconds."""
     chooser, rng, now, changes, last = ModeChooser(0.0), random.Random(0), 0.0, [], Mode.STEP
