@@ -82,7 +82,7 @@ class OfflineProcess:
         self.failure: str | None = None  # why there is no worker and will be none
         self.ready = False
         self.restarts = 0
-        # The thread that starts children lives as long as they do.
+        # The thread that starts children lives as long as they do: the system ends them when it is gone.
         self._thread = threading.Thread(target=self._supervise, name="offline-supervisor", daemon=True)
         self._thread.start()
 

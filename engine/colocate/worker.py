@@ -7,6 +7,7 @@ step and wait again; and it keeps nothing durable, so it may be killed or frozen
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 0.02  # least time between two reports
 _GATE_POLL_SECONDS = 100e-6
+_PR_SET_PDEATHSIG = 1
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -334,6 +336,8 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 def main() -> int:
     """`worker SOCKET_FD CONTROL_FD NUM_SLABS MEMORY_FD`. Returns an exit status."""
+    # A worker that stands still when the main process dies is the guardian's to end; but that may have died just before.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     socket_fd, control_fd, num_slabs, memory_fd = map(int, sys.argv[1:])
     # The terminal's Ctrl-C and a service manager's SIGTERM go to the main process, which knows what to do with this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -357,9 +357,12 @@ def test_servers_that_are_stopped_told_to_end_and_killed(servers: list[ServerPro
         offline.exception(PATIENCE)
         assert first.process.wait(PATIENCE) == 0
 
-        # Killed: nobody is left to end the others but the guardian.
+        # Killed, and the guardian with it: nobody is left to end a worker that stands still but the system.
         killed = [pool.submit(second.complete, model, [1], 400) for model in (models.offline, models.online)]
         eventually(lambda: second.worker().status() == psutil.STATUS_STOPPED or killed[1].done(), "a preemption")
+        for child in second.family():
+            if child.pid != second.worker().pid:
+                child.kill()
         second.process.kill()
         for done in killed:
             done.exception(PATIENCE)
