@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.sched.latency import Load, StepTime
 from engine.sched.plan import PlanRow
 from engine.sched.policies import Budget
@@ -11,10 +13,10 @@ _COPIES = 0.05  # of what a shared step may take, and at most half of what onlin
 
 
 class StepRoom:
-    """The budgets and rows of the step being built. Lives for one `schedule` call."""
+    """The budgets and rows of the step being built."""
 
-    def __init__(self, budget: Budget, step_time: StepTime, copying: float = 0.0) -> None:
-        """`copying`: seconds of copies to and from the host that there would be to make beside it."""
+    def __init__(self, budget: Budget, step_time: StepTime, to_copy: Callable[[], float] = lambda: 0.0) -> None:
+        """`to_copy`: seconds of copies to and from the host that could be made beside it. Asked for shared steps only."""
         self.left = budget.tokens
         self.left_offline = min(budget.offline, budget.tokens)
         self.rows: dict[str, PlanRow] = {}  # by request, in order
@@ -23,7 +25,8 @@ class StepRoom:
         self._step_time = step_time
         self._load = Load()
         self._seconds: float | None = None  # what offline rows may make of the step, known once its online rows are
-        self._copying = copying
+        self._to_copy = to_copy
+        self._copying = 0.0
         self._timed = budget.seconds is not None or budget.increase is not None
 
     def room(self, request: Request) -> int:
@@ -76,7 +79,7 @@ class StepRoom:
             seconds, increase = self._budget.seconds, self._budget.increase
             alone = self._step_time.predict(self._load)
             allowed = seconds if seconds is not None else alone * (1 + (increase or 0))
-            self._copying = max(0.0, min(self._copying, _COPIES * allowed, (allowed - alone) / 2))
+            self._copying = max(0.0, min(self._to_copy(), _COPIES * allowed, (allowed - alone) / 2))
             self._seconds = allowed - self._copying
         return self._seconds
 

@@ -163,7 +163,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run."""
         view = self._view()
-        step = StepRoom(self.policy.budget(view), self.step_time, self._copying())
+        step = StepRoom(self.policy.budget(view), self.step_time, self._seconds_to_copy)
         if step.left:
             for request in self.policy.order(view):
                 room = step.room(request)
@@ -425,9 +425,8 @@ class Scheduler:
         """Whether copying keeps nobody waiting: no online request is unfinished."""
         return not self.unfinished(Tenant.ONLINE)
 
-    def _copying(self) -> float:
-        """Seconds of what there is to copy while an online request is unfinished."""
-        copies = None if self.may_copy else self.kv.copies
+    def _seconds_to_copy(self) -> float:
+        copies = self.kv.copies
         return 0.0 if copies is None else copies.num_to_move(self.kv.holders()) * self.rotation.copy_time.blocked
 
     @property

@@ -6,12 +6,11 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from aiohttp import FormData
 from helpers import tiny_checkpoint
 from serving import ENDLESS, MESSAGES, Server, make_engine, serving
@@ -197,15 +196,6 @@ async def test_lines_of_a_batch_that_are_aborted_with_their_tenant_run_again(tmp
             while (current := (await server.get(f"/v1/batches/{made['id']}"))[1])["status"] != "completed":
                 await asyncio.sleep(0.02)
             assert current["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), "qwen3", seed=3)
-    with make_engine(
-        tmp_path_factory.mktemp("model"), offline_model=str(other), offline_served_model_name="night", kv_cache_memory=16 << 20
-    ) as engine:
-        yield engine
 
 
 async def test_a_paused_worker_and_the_one_after_it(pair: Engine) -> None:

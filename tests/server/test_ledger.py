@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from helpers import tiny_checkpoint
 from prometheus_client.parser import text_string_to_metric_families
-from serving import MESSAGES, make_engine, serving
+from serving import MESSAGES, serving
 
 from engine import Engine, SamplingParams
 
 COMPLETION = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), "qwen3", seed=3)
-    with make_engine(
-        tmp_path_factory.mktemp("model"), offline_model=str(other), offline_served_model_name="night", kv_cache_memory=16 << 20
-    ) as engine:
-        yield engine
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
