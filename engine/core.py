@@ -312,19 +312,20 @@ class EngineCore:
         self.on_step(plan, result)
         now = self.scheduler.clock.now()
         self.scheduler.delays.ran(launched.began, now, offline_share(plan.rows, self.scheduler.step_time))
-        if self.meter is not None:
-            self.meter.ran(plan.rows, launched.began, now)
+        seconds = result.seconds if self.meter is None else self.meter.ran(plan.rows, launched.began, now)
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
         if launched.whole:
             self.scheduler.learn(plan, result.seconds)
             if self.modes is not None:
-                self._tell_modes(self.modes, plan, result.seconds)
+                self._tell_modes(self.modes, plan, seconds)
         self.sync()
         outs = self.scheduler.update(plan, result)
         if self.meter is not None:
             self.meter.saw(outs, launched.began, now)
+            if self.modes is not None and (work := self.meter.work) is not None:
+                self.modes.settle(work)
         self._forget_dead_step()
         return outs
 
@@ -364,11 +365,13 @@ class EngineCore:
         return StepStats(self.mode.value, scale, LAYER_BUCKETS, tuple(responses.counts), responses.total)
 
     def _tell_modes(self, modes: ModeChooser, plan: StepPlan, seconds: float) -> None:
-        """What a whole step yielded, if its offline rows were as many as the mode allows."""
-        could_ride = self.scheduler.step_time.ready and self.scheduler.unfinished(Tenant.OFFLINE) > 0
-        if plan.preemptible or (modes.mode is Mode.STEP and could_ride):
-            offline = sum(row.count for row in plan.rows if row.tenant is Tenant.OFFLINE)
-            modes.ran(seconds, offline, shared=not plan.preemptible)
+        """What a whole step yielded to offline work."""
+        offline = sum(row.count for row in plan.rows if row.tenant is Tenant.OFFLINE)
+        if plan.preemptible:
+            modes.ran_alone(seconds, offline)
+        else:
+            could_ride = self.scheduler.step_time.ready and self.scheduler.unfinished(Tenant.OFFLINE) > 0
+            modes.ran_online(seconds, offline, could_ride=could_ride)
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[TokenOut]:
         logger.exception("step %d with %d rows failed", plan.step, len(plan.rows))

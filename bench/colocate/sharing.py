@@ -31,7 +31,7 @@ from engine.types import SamplingParams, Submit, Tenant
 WHAT = ("ablation", "order", "response", "slo", "modes")
 TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
-ALONE, AGAIN = "online only", "online only, again"
+ALONE = "online only"
 PRIORITY, BUDGET, LAYERS, COPIES = "priority", "+ budget", "+ layer preemption", "+ host copies"
 
 
@@ -143,33 +143,42 @@ def modes(rig: Rig) -> Iterator[list[str]]:
             part = [_loaded(trace, args), "", *_head("arm", "requests")]
             part += [_row(arm, pooled(windows), "requests") for arm, windows in found.items()]
             if len(found) == len(arms):
-                best = max(pooled(found[name])["offline"] for name in ("exclusive", "step"))
-                share = pooled(found["auto"])["offline"] / max(best, 1e-9)
-                part += ["", f"auto has {share:.1%} of the better one's offline tokens."]
+                part += ["", _of_the_better(found)]
             part.append("")
             yield lines + part
         lines += part
 
 
+def _of_the_better(found: dict[str, list[Window]]) -> str:
+    """What `auto` has of the offline tokens of the other mode that has more, in all and by round."""
+    better = max(("exclusive", "step"), key=lambda name: pooled(found[name])["offline"])
+    share = pooled(found["auto"])["offline"] / max(pooled(found[better])["offline"], 1e-9)
+    pairs = zip(found["auto"], found[better], strict=False)
+    by_round = ", ".join(f"{pooled([one])['offline'] / max(pooled([other])['offline'], 1e-9):.0%}" for one, other in pairs)
+    return f"auto has {share:.1%} of the offline tokens of {better}, the better one (by round {by_round})."
+
+
 def slo(rig: Rig) -> Iterator[list[str]]:
-    """HyGen's table: increase wanted, increase got, and what offline has of it. Online only has two turns a round: what they
-    differ by is noise."""
+    """HyGen's table: increase wanted, increase got, and what offline has of it. Online only has several turns a round: what
+    they differ by is noise."""
     args = rig.args
     lines = ["## Tolerance and what it yields", ""]
     for trace in args.traces:
         targets = [(metric, tolerance) for metric in args.metrics for tolerance in args.tolerances]
-        arms: dict[str, dict[str, Any]] = {ALONE: {"offline": False}}
+        between = -(-len(targets) // max(2, len(args.metrics)))
+        arms: dict[str, dict[str, Any]] = {}
         for number, (metric, tolerance) in enumerate(targets):
-            if number == (len(targets) + 1) // 2:
-                arms[AGAIN] = {"offline": False}
+            if number % between == 0:
+                arms[f"{ALONE} {number}"] = {"offline": False}
             arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
         part: list[str] = []
         for found in rounds(rig, arms, trace):
             part = [_loaded(trace, args), "", "| target | increase | its control believes | median of requests | "
                     "offline tok/s | scale at the end | requests |", "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
-            alone = [window for arm in (ALONE, AGAIN) for window in found.get(arm, [])]
-            part += [_increases(arm, windows, alone) for arm, windows in found.items() if arm not in (ALONE, AGAIN)]
-            part += ["", *(_noise(found[ALONE], found[AGAIN], args.metrics) if AGAIN in found else ()), ""]
+            turns = [windows for arm, windows in found.items() if arm.startswith(ALONE)]
+            alone = [window for windows in turns for window in windows]
+            part += [_increases(arm, windows, alone) for arm, windows in found.items() if not arm.startswith(ALONE)]
+            part += ["", _noise(turns, args.metrics), ""]
             yield lines + part
         lines += part
 
@@ -199,14 +208,9 @@ def _median(metric: str, windows: Sequence[Window], alone: Sequence[Window]) -> 
     return statistics.median(ratios) if ratios else math.nan
 
 
-def _noise(first: Sequence[Window], second: Sequence[Window], metrics: Sequence[str]) -> list[str]:
-    told = []
-    for metric in metrics:
-        one, other = pooled(first)[metric], pooled(second)[metric]
-        turns = (pooled([b])[metric] / pooled([a])[metric] - 1 for a, b in zip(first, second, strict=False))
-        by_round = ", ".join(f"{turn:+.1%}" for turn in turns)
-        told.append(f"{metric} {one:.1f} and {other:.1f} ms ({other / one - 1:+.1%}; by round {by_round})")
-    return [f"Online only, measured twice: {'; '.join(told)}."]
+def _noise(turns: Sequence[Sequence[Window]], metrics: Sequence[str]) -> str:
+    told = (f"{metric} {', '.join(f'{pooled(windows)[metric]:.1f}' for windows in turns)}" for metric in metrics)
+    return f"Online only, ms in each of its turns: {'; '.join(told)}."
 
 
 def order(rig: Rig) -> Iterator[list[str]]:

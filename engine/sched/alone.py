@@ -48,12 +48,18 @@ class Alone:
     def __init__(self, step_time: StepTime, max_tokens: int) -> None:
         """`max_tokens`: of a step."""
         self.pace = 1.0  # by which steps take longer than predicted, all of them
+        self.work = 0.0  # seconds of all steps until now
         self._step_time = step_time
         self._max_tokens = max_tokens
         self._now = 0.0
         self._coming: deque[_Copy] = deque()
         self._running: list[_Copy] = []
         self._copies: dict[str, _Copy] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether all requests that came are over here too."""
+        return not self._copies
 
     def arrived(self, request_id: str, arrival: float, prompt: int) -> None:
         copy = self._copies[request_id] = _Copy(request_id, arrival, prompt)
@@ -99,7 +105,9 @@ class Alone:
             left -= count
             rows.append((copy, count))
         tokens = self._max_tokens - left
-        self._now += self.pace * self._step_time.predict(Load(tokens, min(16, tokens), context, attention))
+        seconds = self.pace * self._step_time.predict(Load(tokens, min(16, tokens), context, attention))
+        self._now += seconds
+        self.work += seconds
         for copy, count in rows:
             copy.computed += count
             if copy.computed >= copy.prompt:

@@ -1,8 +1,8 @@
 """ModeChooser: whether offline rows of the online model ride in online steps now, or wait for online to be idle.
 
-Riding costs online requests a few percent, so it must be worth it. While online is idle offline work gets the whole device;
-while it is busy it gets what rides along. Where the idle time is long (bursts, code completion) the second is next to nothing,
-and online may as well be left alone; where there is hardly any (steady chat) it is all there is.
+Riding costs online requests a few percent, so it must be worth it. It is not all gain for offline work either: what rides
+makes online steps longer, so that online is busy for longer and idle for less. Where steps mostly wait for the weights a row
+that rides costs next to nothing; where they mostly compute, as much as it would have while online was idle.
 """
 
 from __future__ import annotations
@@ -18,9 +18,25 @@ class Mode(StrEnum):
 
 _MEMORY_SECONDS = 10.0  # over which idle time and rates are averaged
 _LEAST_SECONDS = 5.0  # in one mode
-_RETRY_SECONDS = 30.0  # without riding, after which what it is worth is learned again
-_WORTH, _NOT_WORTH = 0.03, 0.015  # of offline throughput: what riding must add to begin, and to go on
+_EVIDENCE_SECONDS = 4.0  # of online work, before what riding is worth is known
+_RETRY_SECONDS, _LONGEST_RETRY = 30.0, 240.0  # without riding, after which what it is worth is learned again; longer each time
+_WORTH, _NOT_WORTH = 0.02, 0.01  # of offline throughput: what riding must add to begin, and to go on
 _LONGEST_GAP = 1.0  # seconds between two looks; in a longer one the engine slept
+
+
+class _Average:
+    """A rate that forgets: units per second, by whole spans of time."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.seconds = 0.0  # that it has seen
+
+    def add(self, amount: float, seconds: float) -> None:
+        rate = amount / max(seconds, 1e-6)
+        if self.value is None:
+            self.value = rate
+        self.value += (rate - self.value) * (1 - math.exp(-seconds / _MEMORY_SECONDS))
+        self.seconds += seconds
 
 
 class ModeChooser:
@@ -29,9 +45,15 @@ class ModeChooser:
     def __init__(self, now: float) -> None:
         self.mode = Mode.STEP
         self._since = self._looked = now
+        self._retry = _RETRY_SECONDS
         self._was_busy = False
         self._busy = 0.5  # share of time with unfinished online requests
-        self._rates: dict[bool, float] = {}  # offline tokens per second, by whether online rows are in the step
+        self._alone = _Average()  # offline tokens in a second of steps without online rows
+        self._riding = _Average()  # offline tokens beside a second of online work
+        self._longer = _Average()  # seconds by which they make it longer
+        self._tokens = self._seconds = 0.0  # what rode, and how long those steps took, since they were last settled
+        self._settled = 0.0  # of online work, until then
+        self._whole = True  # whether as many rode as the mode allows
 
     @property
     def idle_share(self) -> float:
@@ -47,22 +69,43 @@ class ModeChooser:
             self._choose(now)
         return self.mode
 
-    def ran(self, seconds: float, offline_tokens: int, *, shared: bool) -> None:
-        """A step took so long and computed so many offline tokens. `shared`: beside online rows."""
-        rate = offline_tokens / max(seconds, 1e-6)
-        known = self._rates.setdefault(shared, rate)
-        self._rates[shared] = known + (rate - known) * (1 - math.exp(-seconds / _MEMORY_SECONDS))
+    def ran_alone(self, seconds: float, tokens: int) -> None:
+        """A step of offline rows only took so long and computed so many tokens."""
+        self._alone.add(tokens, seconds)
+
+    def ran_online(self, seconds: float, tokens: int, *, could_ride: bool) -> None:
+        """A step with online rows took so long and computed so many offline tokens. `could_ride`: there was offline work."""
+        self._seconds += seconds
+        self._tokens += tokens
+        self._whole = self._whole and could_ride
+
+    def settle(self, work: float) -> None:
+        """All online requests until now would have taken so many seconds of steps without offline rows, since the start."""
+        seconds, self._settled = work - self._settled, work
+        if seconds > 0 and self._whole and self.mode is Mode.STEP:
+            self._riding.add(self._tokens, seconds)
+            self._longer.add(self._seconds - seconds, seconds)
+        self._tokens = self._seconds = 0.0
+        self._whole = True
 
     def _choose(self, now: float) -> None:
-        if len(self._rates) < 2:
-            return
-        idle = self.idle_share * self._rates[False]
-        riding = self._busy * self._rates[True]
-        mode = self.mode
-        if self.mode is Mode.STEP and riding < _NOT_WORTH * idle:
+        mode, worth = self.mode, self._worth()
+        if worth is not None and mode is Mode.STEP and worth < _NOT_WORTH:
             mode = Mode.EXCLUSIVE
-        elif self.mode is Mode.EXCLUSIVE and (riding > _WORTH * idle or now - self._since >= _RETRY_SECONDS):
-            mode = Mode.STEP
-            del self._rates[True]
+        elif mode is Mode.EXCLUSIVE and worth is not None and worth > _WORTH:
+            mode, self._retry = Mode.STEP, _RETRY_SECONDS
+        elif mode is Mode.EXCLUSIVE and now - self._since >= self._retry:
+            mode, self._retry = Mode.STEP, min(2 * self._retry, _LONGEST_RETRY)
+            self._riding, self._longer = _Average(), _Average()
         if mode is not self.mode:
             self.mode, self._since = mode, now
+
+    def _worth(self) -> float | None:
+        """What riding adds, as a share of what offline work has of the idle time that online would leave it without riding."""
+        alone, riding, longer = self._alone.value, self._riding.value, self._longer.value
+        if alone is None or riding is None or longer is None or self._riding.seconds < _EVIDENCE_SECONDS:
+            return None
+        work = self._busy if self.mode is Mode.EXCLUSIVE else self._busy / max(1.0, 1 + longer)
+        idle = 1 - work
+        gained, lost = riding * work, alone * min(longer * work, idle)
+        return (gained - lost) / max(alone * idle, 1e-9)

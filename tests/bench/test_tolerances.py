@@ -6,7 +6,9 @@ import pytest
 
 from bench.tolerances import Simulation, main, make_trace
 from engine.fake import StepCost
+from engine.sched.modes import Mode
 from engine.sched.slo import SloControl
+from engine.types import TokenOut
 
 COST = StepCost(0.0175, 0.00045, 2e-7)
 
@@ -39,3 +41,29 @@ def test_modes_are_compared_and_exclusive_leaves_online_as_it_is_alone(capsys: p
     assert found["exclusive"][2:4] == pytest.approx(found["none"][2:4], rel=0.01)
     assert found["step"][2] > 1.05 * found["none"][2]
     assert found["none"][-1] == 0 < found["exclusive"][-1]
+
+
+@pytest.mark.parametrize(
+    ("cost", "load", "mode"),
+    [
+        # A step mostly waits for the weights: what rides is nearly free.
+        (StepCost(20e-3, 0.02e-3, 0.0), 0.5, Mode.STEP),
+        # A step mostly computes: what rides takes the time that it would have taken anyway.
+        (StepCost(0.1e-3, 0.5e-3, 0.0), 0.3, Mode.EXCLUSIVE),
+    ],
+)
+def test_auto_rides_where_steps_wait_for_weights_and_not_where_they_compute(cost: StepCost, load: float, mode: Mode) -> None:
+    trace = make_trace("chat", cost, load, 200, 0)
+    run = Simulation(trace, cost, SloControl("mean-tpot", increase=0.2), 0.2, auto=True)
+    seen: list[Mode] = []
+    core = run._core
+    step = core.step
+
+    def watched() -> list[TokenOut]:
+        seen.append(core.mode)
+        return step()
+
+    core.step = watched  # type: ignore[method-assign]
+    run.run()
+    late = seen[len(seen) // 4 :]
+    assert late.count(mode) > 0.75 * len(late)

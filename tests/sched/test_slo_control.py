@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from engine.memory.manager import KVManager
 from engine.memory.pages import PagePool
 from engine.sched.alone import Alone
 from engine.sched.latency import Load, StepTime
-from engine.sched.modes import Mode, ModeChooser
 from engine.sched.plan import StepPlan
 from engine.sched.policies import OnlineFirst, SharedStep
 from engine.sched.scheduler import Scheduler
@@ -263,66 +261,3 @@ def test_requests_are_compared_after_a_failed_step_as_before_it() -> None:
     live.control.observe = lambda *felt: (seen.append(felt), observe(*felt))[1]  # type: ignore[method-assign]
     live.run()
     assert len(seen) > 400
-
-
-# -- modes
-
-
-def feed(chooser: ModeChooser, seconds: float, *, busy_share: float, riding: float, begin: float) -> float:
-    """Phases of a second, busy for this share of it; offline gets 1,000 tokens/s when alone and `riding` beside online."""
-    now = begin
-    while now < begin + seconds:
-        chooser.look(now, True)
-        if chooser.mode is Mode.STEP:
-            chooser.ran(busy_share, round(riding * busy_share), shared=True)
-        now += busy_share
-        chooser.look(now, False)
-        chooser.ran(1 - busy_share, round(1000 * (1 - busy_share)), shared=False)
-        now += 1 - busy_share
-    return now
-
-
-def test_bursty_traffic_is_left_alone_and_steady_traffic_is_shared() -> None:
-    chooser = ModeChooser(0.0)
-    now = feed(chooser, 60, busy_share=0.2, riding=50, begin=0.0)
-    assert chooser.mode is Mode.EXCLUSIVE
-    assert chooser.idle_share == pytest.approx(0.8, abs=0.1)
-    feed(chooser, 60, busy_share=0.9, riding=50, begin=now)
-    assert chooser.mode is Mode.STEP
-
-
-def test_what_rides_well_goes_on_riding() -> None:
-    chooser = ModeChooser(0.0)
-    feed(chooser, 60, busy_share=0.2, riding=500, begin=0.0)
-    assert chooser.mode is Mode.STEP
-
-
-def test_what_riding_is_worth_is_learned_again_now_and_then() -> None:
-    chooser = ModeChooser(0.0)
-    now = feed(chooser, 20, busy_share=0.5, riding=0, begin=0.0)
-    assert chooser.mode is Mode.EXCLUSIVE
-    modes = set()
-    for _ in range(120):
-        now = feed(chooser, 1, busy_share=0.5, riding=200, begin=now)
-        modes.add(chooser.mode)
-    assert chooser.mode is Mode.STEP
-    assert modes == {Mode.EXCLUSIVE, Mode.STEP}
-
-
-def test_the_mode_does_not_flutter() -> None:
-    """Traffic on the border between the modes: few changes, and never two within seconds."""
-    chooser, rng, now, changes, last = ModeChooser(0.0), random.Random(0), 0.0, [], Mode.STEP
-    for _ in range(600):
-        now = feed(chooser, 1, busy_share=rng.uniform(0.2, 0.45), riding=50, begin=now)
-        if chooser.mode is not last:
-            last = chooser.mode
-            changes.append(now)
-    assert len(changes) <= 30
-    assert all(b - a >= 4.0 for a, b in pairwise(changes))
-
-
-def test_time_in_which_the_engine_slept_is_idle() -> None:
-    chooser = ModeChooser(0.0)
-    chooser.look(1.0, True)
-    chooser.look(100.0, True)
-    assert chooser.idle_share > 0.9
