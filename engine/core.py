@@ -312,14 +312,15 @@ class EngineCore:
         self.on_step(plan, result)
         now = self.scheduler.clock.now()
         self.scheduler.delays.ran(launched.began, now, offline_share(plan.rows, self.scheduler.step_time))
-        seconds = result.seconds if self.meter is None else self.meter.ran(plan.rows, launched.began, now)
+        if self.meter is not None:
+            self.meter.ran(plan.rows, launched.began, now)
         if result.checkpoint is not None:
             self.scheduler.park(result.checkpoint)
             return []
         if launched.whole:
             self.scheduler.learn(plan, result.seconds)
             if self.modes is not None:
-                self._tell_modes(self.modes, plan, seconds)
+                self._tell_modes(self.modes, plan)
         self.sync()
         outs = self.scheduler.update(plan, result)
         if self.meter is not None:
@@ -364,14 +365,17 @@ class EngineCore:
         scale = 1.0 if self.meter is None else self.meter.control.scale
         return StepStats(self.mode.value, scale, LAYER_BUCKETS, tuple(responses.counts), responses.total)
 
-    def _tell_modes(self, modes: ModeChooser, plan: StepPlan, seconds: float) -> None:
-        """What a whole step yielded to offline work."""
-        offline = sum(row.count for row in plan.rows if row.tenant is Tenant.OFFLINE)
+    def _tell_modes(self, modes: ModeChooser, plan: StepPlan) -> None:
+        """What a whole step did for offline work. By predicted times, so that a disturbance is no reason for anything."""
+        step_time = self.scheduler.step_time
+        if not step_time.ready:
+            return
+        seconds = step_time.predict(Load.of(plan.rows))
+        done = step_time.added(Load.of(row for row in plan.rows if row.tenant is Tenant.OFFLINE))
         if plan.preemptible:
-            modes.ran_alone(seconds, offline)
+            modes.ran_alone(seconds, done)
         else:
-            could_ride = self.scheduler.step_time.ready and self.scheduler.unfinished(Tenant.OFFLINE) > 0
-            modes.ran_online(seconds, offline, could_ride=could_ride)
+            modes.ran_online(seconds, done, could_ride=self.scheduler.unfinished(Tenant.OFFLINE) > 0)
 
     def _failed(self, plan: StepPlan, error: Exception) -> list[TokenOut]:
         logger.exception("step %d with %d rows failed", plan.step, len(plan.rows))

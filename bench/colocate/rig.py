@@ -1,11 +1,12 @@
 """One model for both tenants, loaded once: each window of traffic gets a core and a loop of its own and is timed.
 
-Requests go in by `EngineLoop.put` when the trace says so, and tokens are timed where they leave the loop.
+Requests go in by `EngineLoop.put` when the trace says so, and tokens are timed where they leave the loop; by a steady clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import threading
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.colocate.equal import Unequal, gap
+from bench.colocate.steady import SteadyClock
 from bench.colocate.workload import Backlog, Cost, Planned, at_rate, choose_windows, fit_rate, plan, scale_lengths
 from bench.latency_model import look
 from bench.traces import PromptMaker, generate_trace
@@ -51,13 +53,16 @@ class Capped(Priority):
 
 @dataclass(slots=True)
 class Window:
-    """One arm's share of one round, raw. Times in seconds, by request."""
+    """One arm's share of one round, raw. Times in seconds of a SteadyClock, by request; `wall_`: of the usual one."""
 
     arm: str
     key: str = ""  # of the requests: trace, load, round
     seconds: float = 0.0
+    wall_seconds: float = 0.0
     ttft: dict[str, float] = field(default_factory=dict)
     tpot: dict[str, float] = field(default_factory=dict)
+    wall_ttft: dict[str, float] = field(default_factory=dict)
+    wall_tpot: dict[str, float] = field(default_factory=dict)
     offline_tokens: int = 0  # processed, prompts and outputs, those computed again not counted twice
     recomputed: int = 0
     copied: int = 0  # tokens of offline KV to the host
@@ -73,11 +78,17 @@ class Window:
 class Traffic:
     """One window on its way through a loop: online by the clock, offline kept at `depth` in flight."""
 
-    def __init__(self, core: EngineCore, requests: Sequence[Planned], backlog: Callable[[], Submit] | None, depth: int) -> None:
+    def __init__(
+        self, core: EngineCore, model: StepTime, requests: Sequence[Planned], backlog: Callable[[], Submit] | None, depth: int
+    ) -> None:
+        """`model`: of step times, for the clock."""
         self._core, self._requests, self._next, self._depth = core, requests, backlog, depth
         core.close = lambda: None  # type: ignore[method-assign]  # the model is needed again
+        self._clock = SteadyClock(model, core.runner.num_layers, lambda: core.busy_since is not None)
+        core.on_step = self._clock.ran
         self._sent: dict[str, float] = {}
         self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
         self._tokens: dict[str, list[int]] = {}
         self._left = len(requests)
         self._open = True
@@ -96,12 +107,12 @@ class Traffic:
             self._put(self._next())  # type: ignore[misc]
         time.sleep(warm)
         counters = self._core.scheduler.counters[Tenant.OFFLINE]
-        began = time.perf_counter()
+        began = self._clock.now()
         self._send(began, 0.0, lead)
+        start = time.perf_counter()
         before, recomputed, copied = counters.computed_tokens, counters.recomputed_tokens, self._copied()
         self._send(began, lead, lead + seconds)
-        window = self.window
-        window.seconds = time.perf_counter() - began - lead
+        window, end = self.window, time.perf_counter()
         window.recomputed = counters.recomputed_tokens - recomputed
         window.copied, window.restored = (after - then for after, then in zip(self._copied(), copied, strict=True))
         window.offline_tokens = counters.computed_tokens - before - window.recomputed
@@ -115,20 +126,32 @@ class Traffic:
             window.believed = self._core.meter.control.increase or math.nan
         window.mode = self._core.mode.value
         window.outputs |= {name: tuple(tokens) for name, tokens in self._tokens.items() if name in window.outputs}
+        window.wall_seconds, window.seconds = end - start, self._clock.at(end) - self._clock.at(start)
         counted = {f"on-{number}" for number, request in enumerate(self._requests) if request.arrival_s >= lead}
-        window.ttft, window.tpot = ({name: took for name, took in times.items() if name in counted}
-                                    for times in (window.ttft, window.tpot))  # fmt: skip
+        window.ttft, window.tpot = self._times(counted, self._clock.at)
+        window.wall_ttft, window.wall_tpot = self._times(counted, lambda moment: moment)
         return window
+
+    def _times(self, counted: set[str], at: Callable[[float], float]) -> tuple[dict[str, float], dict[str, float]]:
+        """To the first token, and for each after it, by request and by this clock."""
+        first = {name: at(moment) for name, moment in self._first.items() if name in counted}
+        last = {name: at(self._last[name]) for name in first if name in self._last and len(self._tokens[name]) > 1}
+        ttft = {name: moment - at(self._sent[name]) for name, moment in first.items()}
+        return ttft, {name: (moment - first[name]) / (len(self._tokens[name]) - 1) for name, moment in last.items()}
 
     def _send(self, began: float, start: float, end: float) -> None:
         """The requests of this part of the traffic, in its time."""
         for number, request in enumerate(self._requests):
             if start <= request.arrival_s < end:
-                time.sleep(max(0.0, began + request.arrival_s - time.perf_counter()))
+                self._wait(began + request.arrival_s)
                 name = f"on-{number}"
                 self._sent[name] = time.perf_counter()
                 self._put(submit(name, Tenant.ONLINE, request.prompt, request.output_tokens))
-        time.sleep(max(0.0, began + end - time.perf_counter()))
+        self._wait(began + end)
+
+    def _wait(self, reading: float) -> None:
+        while (left := reading - self._clock.now()) > 0:
+            time.sleep(min(left, 0.01))
 
     def _copied(self) -> tuple[int, int]:
         """Tokens copied to the host until now, and those copied back."""
@@ -142,15 +165,13 @@ class Traffic:
             if out.token is not None:
                 tokens.append(out.token)
             online = out.id in self._sent
-            if online and out.id not in self._first:
-                self._first[out.id] = now
-                self.window.ttft[out.id] = now - self._sent[out.id]
+            if online:
+                self._first.setdefault(out.id, now)
             if out.finish_reason is None:
                 continue
             self.window.outputs[out.id] = ()
             if online:
-                if len(tokens) > 1:
-                    self.window.tpot[out.id] = (now - self._first[out.id]) / (len(tokens) - 1)
+                self._last[out.id] = now
                 self._left -= 1
                 if not self._left:
                     self._done.set()
@@ -191,6 +212,7 @@ class Rig:
         learner.join()
         if not self.step_time.ready:
             raise SystemExit("error: steps take too long here to learn anything of them; is the machine busy?")
+        self._steady = copy.deepcopy(self.step_time)
         self.cost = self._calibrate()
 
     def core(self, options: dict[str, Any], arm: str = "") -> EngineCore:
@@ -228,7 +250,7 @@ class Rig:
             prompt, output = made.next()
             return submit(f"off-{next(numbers)}", Tenant.OFFLINE, prompt, output)
 
-        traffic = Traffic(core, requests, more if offline else None, self.args.sharing_depth)
+        traffic = Traffic(core, self._steady, requests, more if offline else None, self.args.sharing_depth)
         if options.get("layers", True):
             core.interrupted, core.waiting = traffic.loop.online_at_the_door, traffic.loop.waiting
         try:

@@ -39,37 +39,39 @@ PRIORITY, BUDGET, LAYERS, COPIES = "priority", "+ budget", "+ layer preemption",
 
 
 def pooled(windows: Sequence[Window]) -> dict[str, float]:
-    """All rounds of an arm together; milliseconds and tokens per second."""
-    ttft = [value for window in windows for value in window.ttft.values()]
-    tpot = [value for window in windows for value in window.tpot.values()]
+    """All rounds of an arm together; milliseconds and tokens per second, by the steady clock; `wall-`: by the usual one."""
     seconds = sum(window.seconds for window in windows)
+    values: dict[str, float] = {}
+    for what in ("ttft", "tpot", "wall_ttft", "wall_tpot"):
+        took = [value for window in windows for value in getattr(window, what).values()]
+        clock, name = ("wall-", what[5:]) if what.startswith("wall_") else ("", what)
+        values[f"{clock}mean-{name}"] = 1e3 * statistics.fmean(took) if took else math.nan
+        values[f"{clock}p99-{name}"] = 1e3 * quantile(took, 0.99)
     return {
-        "requests": len(ttft),
-        "mean-ttft": 1e3 * statistics.fmean(ttft) if ttft else math.nan,
-        "p99-ttft": 1e3 * quantile(ttft, 0.99),
-        "mean-tpot": 1e3 * statistics.fmean(tpot) if tpot else math.nan,
-        "p99-tpot": 1e3 * quantile(tpot, 0.99),
+        **values,
+        "requests": sum(len(window.ttft) for window in windows),
         "offline": sum(window.offline_tokens for window in windows) / max(seconds, 1e-9),
+        "pace": seconds / max(sum(window.wall_seconds for window in windows), 1e-9),
         **{name: sum(getattr(window, name) for window in windows) for name in ("recomputed", "copied", "restored")},
     }
 
 
-def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str) -> Iterator[dict[str, list[Window]]]:
+def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str, load: float) -> Iterator[dict[str, list[Window]]]:
     """Every arm on every window, the order turning; what there is after each. Beyond the first, no round begins that would
     pass `--sharing-limit`."""
     args, began = rig.args, time.perf_counter()
     windows: dict[str, list[Window]] = {arm: [] for arm in arms}
     span = args.sharing_lead + args.sharing_seconds
-    for number, requests in enumerate(rig.windows(trace, args.load, span, args.rounds)):
+    for number, requests in enumerate(rig.windows(trace, load, span, args.rounds)):
         spent = time.perf_counter() - began
-        if args.sharing_limit and number and spent * (number + 1) / number > args.sharing_limit / len(args.traces):
-            say(f"{trace}: no time for round {number}")
+        if args.sharing_limit and number and spent * (number + 1) / number > args.sharing_limit / len(_cases(args)):
+            say(f"{trace} {load:.0%}: no time for round {number}")
             return
         names = list(arms)
         shift = number * 2 % len(names)
         for arm in names[shift:] + names[:shift]:
             options = dict(arms[arm])
-            offline, key = options.pop("offline", True), f"{trace} {args.load} {number}"
+            offline, key = options.pop("offline", True), f"{trace} {load} {number}"
             for _ in range(1 + args.retries):  # until nobody else uses the machine; what was measured plays no part in that
                 before = Clock.read()
                 window = rig.run(
@@ -81,10 +83,15 @@ def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str) -> Iterator[di
                 say(f"{arm}: others used {cores['others']:.2f} cores, {cores['stolen']:.2f} were stolen")
             windows[arm].append(window)
             values = pooled([window])
-            say(f"{trace} round {number} {arm}: TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, "
-                f"offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}; "
+            say(f"{trace} {load:.0%} round {number} {arm}: "
+                f"TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}; pace {values['pace']:.2f}, "
                 f"others {cores['others'] + cores['stolen']:.2f} cores")  # fmt: skip
             yield {arm: found for arm, found in windows.items() if found}
+
+
+def _cases(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Each trace at each load."""
+    return [(trace, load) for trace in args.traces for load in args.loads]
 
 
 def ablation(rig: Rig) -> Iterator[list[str]]:
@@ -104,11 +111,11 @@ def ablation(rig: Rig) -> Iterator[list[str]]:
     arms = {name: options for name, options in arms.items() if not args.arms or name in args.arms}
     shown = (ALONE, PRIORITY, *capped, BUDGET, LAYERS, COPIES)
     lines = ["## What each part adds", "", f"Tolerance {args.tolerance:.0%}.", ""]
-    for trace in args.traces:
+    for trace, load in _cases(args):
         part: list[str] = []
-        for found in rounds(rig, arms, trace):
+        for found in rounds(rig, arms, trace, load):
             values = {arm: pooled(found[arm]) for arm in shown if arm in found}
-            part = [_loaded(trace, args), "", *_head("arm", "recomputed", "copied", "restored")]
+            part = [f"{trace}, online load {load:.0%}:", "", *_head("arm", "recomputed", "copied", "restored")]
             part += [_row(arm, value, "recomputed", "copied", "restored") for arm, value in values.items()]
             part += ["", *_against(values, capped, args.tolerance), ""]
             yield lines + part
@@ -137,10 +144,10 @@ def modes(rig: Rig) -> Iterator[list[str]]:
     arms: dict[str, dict[str, Any]] = {ALONE: {"offline": False}}
     arms |= {name: {"sharing": name, "slo_increase": args.tolerance} for name in ("exclusive", "step", "auto")}
     lines = ["## Choice of mode", "", f"Tolerance {args.tolerance:.0%}.", ""]
-    for trace in args.traces:
+    for trace, load in _cases(args):
         part: list[str] = []
-        for found in rounds(rig, arms, trace):
-            part = [_loaded(trace, args), "", *_head("arm", "requests")]
+        for found in rounds(rig, arms, trace, load):
+            part = [f"{trace}, online load {load:.0%}:", "", *_head("arm", "requests")]
             part += [_row(arm, pooled(windows), "requests") for arm, windows in found.items()]
             if len(found) == len(arms):
                 part += ["", _of_the_better(found)]
@@ -163,7 +170,7 @@ def slo(rig: Rig) -> Iterator[list[str]]:
     they differ by is noise."""
     args = rig.args
     lines = ["## Tolerance and what it yields", ""]
-    for trace in args.traces:
+    for trace, load in _cases(args):
         targets = [(metric, tolerance) for metric in args.metrics for tolerance in args.tolerances]
         between = -(-len(targets) // max(2, len(args.metrics)))
         arms: dict[str, dict[str, Any]] = {}
@@ -172,9 +179,9 @@ def slo(rig: Rig) -> Iterator[list[str]]:
                 arms[f"{ALONE} {number}"] = {"offline": False}
             arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
         part: list[str] = []
-        for found in rounds(rig, arms, trace):
-            part = [_loaded(trace, args), "", "| target | increase | its control believes | median of requests | "
-                    "offline tok/s | scale at the end | requests |", "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        for found in rounds(rig, arms, trace, load):
+            part = [f"{trace}, online load {load:.0%}:", "", "| target | increase | by the wall clock | "
+                    "its control believes | median of requests | offline tok/s | scale at the end | requests |", "|---" + "|--:" * 7 + "|"]  # fmt: skip
             turns = [windows for arm, windows in found.items() if arm.startswith(ALONE)]
             alone = [window for windows in turns for window in windows]
             part += [_increases(arm, windows, alone) for arm, windows in found.items() if not arm.startswith(ALONE)]
@@ -190,7 +197,8 @@ def _increases(arm: str, windows: Sequence[Window], alone: Sequence[Window]) -> 
     believed = statistics.fmean(window.believed for window in windows)
     scale = statistics.fmean(window.scale for window in windows)
     return (
-        f"| {arm} | {values[metric] / base[metric] - 1:+.1%} | {believed:+.1%} | {_median(metric, windows, alone):+.1%} | "
+        f"| {arm} | {values[metric] / base[metric] - 1:+.1%} | {values[f'wall-{metric}'] / base[f'wall-{metric}'] - 1:+.1%} | "
+        f"{believed:+.1%} | {_median(metric, windows, alone):+.1%} | "
         f"{values['offline']:.0f} | {scale:.2f} | {values['requests']:.0f} |"
     )
 
@@ -209,8 +217,12 @@ def _median(metric: str, windows: Sequence[Window], alone: Sequence[Window]) -> 
 
 
 def _noise(turns: Sequence[Sequence[Window]], metrics: Sequence[str]) -> str:
-    told = (f"{metric} {', '.join(f'{pooled(windows)[metric]:.1f}' for windows in turns)}" for metric in metrics)
-    return f"Online only, ms in each of its turns: {'; '.join(told)}."
+    values = [pooled(windows) for windows in turns]
+    told = []
+    for metric in metrics:
+        took = ", ".join(f"{value[metric]:.1f} ({value['wall-' + metric]:.1f})" for value in values)
+        told.append(f"{metric} {took}")
+    return f"Online only, ms in each of its turns (by the wall clock): {'; '.join(told)}."
 
 
 def order(rig: Rig) -> Iterator[list[str]]:
@@ -302,10 +314,6 @@ def _polling(rig: Rig) -> tuple[list[float], float]:
     return ratios, look
 
 
-def _loaded(trace: str, args: argparse.Namespace) -> str:
-    return f"{trace}, online load {args.load:.0%}:"
-
-
 def _head(first: str, *last: str) -> list[str]:
     names = [first, "TTFT mean ms", "p99", "TPOT mean ms", "p99", "offline tok/s", *last]
     return [f"| {' | '.join(names)} |", "|---" + "|--:" * (len(names) - 1) + "|"]
@@ -325,7 +333,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("one model for both tenants")
     group.add_argument("--sharing", choices=WHAT, help="measure this instead: one model, shared steps")
     group.add_argument("--traces", nargs="+", choices=tuple(TRACES), default=list(TRACES))
-    group.add_argument("--load", type=float, default=0.5, help="share of the time that online is busy alone")
+    group.add_argument("--loads", type=float, nargs="+", default=[0.5], help="shares of the time that online is busy alone")
     group.add_argument("--tolerance", type=float, default=0.2, help="by which online may get slower")
     group.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES), help="for the table of tolerances")
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
@@ -374,12 +382,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _name(args: argparse.Namespace) -> str:
-    """Of the file: the table, and the trace, the metric and the load where it is about one of them."""
+    """Of the file: the table, and the trace, the metric and the load where it is about one of them only."""
     parts = [args.sharing, *(args.traces if len(args.traces) == 1 else ())]
     if args.sharing == "slo":
         parts += args.metrics if len(args.metrics) == 1 else ()
-    if args.sharing in ("slo", "modes"):
-        parts.append(f"{100 * args.load:.0f}")
+    if args.sharing in ("slo", "modes") and len(args.loads) == 1:
+        parts.append(f"{100 * args.loads[0]:.0f}")
     return "-".join(parts)
 
 
@@ -387,7 +395,7 @@ def _about(rig: Rig) -> list[str]:
     about, cost = machine(), rig.cost
     return [f"{about['cpu']}, {about['cores']} cores; {rig.built.path.name}; step times mispredicted by "
             f"{rig.error:.1%}; an online request takes {1e3 * cost.first:.0f} ms, {1e3 * cost.prompt_token:.2f} ms per "
-            f"prompt token, {1e3 * cost.output_token:.0f} ms per token.", "",
+            f"prompt token, {1e3 * cost.output_token:.0f} ms per token. Times are of a steady clock, see bench/README.md.", "",
             f"    python -m bench.colocation {shlex.join(sys.argv[1:])}", ""]  # fmt: skip
 
 

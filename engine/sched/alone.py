@@ -48,7 +48,7 @@ class Alone:
     def __init__(self, step_time: StepTime, max_tokens: int) -> None:
         """`max_tokens`: of a step."""
         self.pace = 1.0  # by which steps take longer than predicted, all of them
-        self.work = 0.0  # seconds of all steps until now
+        self.work = 0.0  # predicted seconds of all steps until now
         self._step_time = step_time
         self._max_tokens = max_tokens
         self._now = 0.0
@@ -105,8 +105,8 @@ class Alone:
             left -= count
             rows.append((copy, count))
         tokens = self._max_tokens - left
-        seconds = self.pace * self._step_time.predict(Load(tokens, min(16, tokens), context, attention))
-        self._now += seconds
+        seconds = self._step_time.predict(Load(tokens, min(16, tokens), context, attention))
+        self._now += self.pace * seconds
         self.work += seconds
         for copy, count in rows:
             copy.computed += count

@@ -77,6 +77,10 @@ class StepTime:
         """Seconds. Meaningless unless `ready`."""
         return max(0.0, sum(weight * value for weight, value in zip(self._weights, load.features(), strict=True)))
 
+    def added(self, load: Load) -> float:
+        """Seconds by which this makes a large step longer."""
+        return self.predict(load._replace(few=0)) - self._weights[0]
+
     def saturating_tokens(self) -> int:
         """Tokens of a step beyond which tokens per second hardly grow. 0 while too little is known."""
         fixed, per_token = self._weights[0] + self._weights[1], self._weights[2] * Load(tokens=1).features()[2]

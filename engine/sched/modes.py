@@ -40,7 +40,11 @@ class _Average:
 
 
 class ModeChooser:
-    """Pure over the times it is given. Begins with riding, to learn what it is worth."""
+    """Pure over the times it is given. Begins with riding, to learn what it is worth.
+
+    Offline work is told in seconds by which its rows make a large step longer: a decoding row with a long context is more than
+    a token of a prompt, and one that rides is one less to be computed in idle time.
+    """
 
     def __init__(self, now: float) -> None:
         self.mode = Mode.STEP
@@ -48,10 +52,10 @@ class ModeChooser:
         self._retry = _RETRY_SECONDS
         self._was_busy = False
         self._busy = 0.5  # share of time with unfinished online requests
-        self._alone = _Average()  # offline tokens in a second of steps without online rows
-        self._riding = _Average()  # offline tokens beside a second of online work
-        self._longer = _Average()  # seconds by which they make it longer
-        self._tokens = self._seconds = 0.0  # what rode, and how long those steps took, since they were last settled
+        self._alone = _Average()  # offline work done in a second of steps without online rows
+        self._riding = _Average()  # and beside a second of online work
+        self._longer = _Average()  # seconds by which that makes it longer
+        self._done = self._seconds = 0.0  # what rode, and how long those steps took, since they were last settled
         self._settled = 0.0  # of online work, until then
         self._whole = True  # whether as many rode as the mode allows
 
@@ -69,23 +73,23 @@ class ModeChooser:
             self._choose(now)
         return self.mode
 
-    def ran_alone(self, seconds: float, tokens: int) -> None:
-        """A step of offline rows only took so long and computed so many tokens."""
-        self._alone.add(tokens, seconds)
+    def ran_alone(self, seconds: float, done: float) -> None:
+        """A step of offline rows only took so long and did so much offline work."""
+        self._alone.add(done, seconds)
 
-    def ran_online(self, seconds: float, tokens: int, *, could_ride: bool) -> None:
-        """A step with online rows took so long and computed so many offline tokens. `could_ride`: there was offline work."""
+    def ran_online(self, seconds: float, done: float, *, could_ride: bool) -> None:
+        """A step with online rows took so long and did so much offline work. `could_ride`: there was some to be done."""
         self._seconds += seconds
-        self._tokens += tokens
+        self._done += done
         self._whole = self._whole and could_ride
 
     def settle(self, work: float) -> None:
         """All online requests until now would have taken so many seconds of steps without offline rows, since the start."""
         seconds, self._settled = work - self._settled, work
         if seconds > 0 and self._whole and self.mode is Mode.STEP:
-            self._riding.add(self._tokens, seconds)
+            self._riding.add(self._done, seconds)
             self._longer.add(self._seconds - seconds, seconds)
-        self._tokens = self._seconds = 0.0
+        self._done = self._seconds = 0.0
         self._whole = True
 
     def _choose(self, now: float) -> None:

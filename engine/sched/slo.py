@@ -201,8 +201,8 @@ class OnlineMeter:
         self._live.pop(request_id, None)
         self._alone.ended(request_id)
 
-    def ran(self, rows: Sequence[PlanRow], began: float, ended: float) -> float:
-        """A step, or what there was of it. Returns the seconds that one like it takes these days, with no disturbance."""
+    def ran(self, rows: Sequence[PlanRow], began: float, ended: float) -> None:
+        """A step, or what there was of it."""
         share = 1.0
         if self._step_time.ready and any(row.tenant is Tenant.ONLINE for row in rows):
             predicted, took = self._step_time.predict(Load.of(rows)), max(ended - began, 1e-9)
@@ -211,11 +211,10 @@ class OnlineMeter:
             self._alone.pace = self._measured / max(self._predicted, 1e-9)
             share = self._alone.pace * predicted / took
         self._foreseen.ran(began, ended, share)
-        return share * (ended - began)
 
     @property
     def work(self) -> float | None:
-        """Seconds of steps that all online requests until now would have taken alone; None while that is not known."""
+        """Predicted seconds of the steps that all online requests until now would have taken alone; None while not known."""
         return self._alone.work if self._alone.idle else None
 
     def saw(self, outs: Iterable[TokenOut], began: float, now: float) -> None:
