@@ -83,9 +83,9 @@ def rounds(rig: Rig, arms: dict[str, dict[str, Any]], trace: str, load: float) -
                 say(f"{arm}: others used {cores['others']:.2f} cores, {cores['stolen']:.2f} were stolen")
             windows[arm].append(window)
             values = pooled([window])
-            say(f"{trace} {load:.0%} round {number} {arm}: "
-                f"TTFT {values['mean-ttft']:.0f} ms, TPOT {values['mean-tpot']:.1f} ms, offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, {window.mode}; pace {values['pace']:.2f}, "
-                f"others {cores['others'] + cores['stolen']:.2f} cores")  # fmt: skip
+            say(f"{trace} {load:.0%} round {number} {arm}: TTFT {values['mean-ttft']:.0f} ms, "
+                f"TPOT {values['mean-tpot']:.1f} ms, offline {values['offline']:.0f} tok/s, scale {window.scale:.2f}, "
+                f"{window.mode}; pace {values['pace']:.2f}, others {cores['others'] + cores['stolen']:.2f} cores")  # fmt: skip
             yield {arm: found for arm, found in windows.items() if found}
 
 
@@ -180,8 +180,9 @@ def slo(rig: Rig) -> Iterator[list[str]]:
             arms[f"{metric} {tolerance:.0%}"] = {"sharing": "step", "slo_increase": tolerance, "slo_metric": metric}
         part: list[str] = []
         for found in rounds(rig, arms, trace, load):
-            part = [f"{trace}, online load {load:.0%}:", "", "| target | increase | by the wall clock | "
-                    "its control believes | median of requests | offline tok/s | scale at the end | requests |", "|---" + "|--:" * 7 + "|"]  # fmt: skip
+            head = ("target", "increase", "by the wall clock", "its control believes", "median of requests", "offline tok/s",
+                    "scale at the end", "requests")  # fmt: skip
+            part = [f"{trace}, online load {load:.0%}:", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
             turns = [windows for arm, windows in found.items() if arm.startswith(ALONE)]
             alone = [window for windows in turns for window in windows]
             part += [_increases(arm, windows, alone) for arm, windows in found.items() if not arm.startswith(ALONE)]

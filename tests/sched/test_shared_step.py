@@ -136,6 +136,19 @@ def test_held_out_steps_are_predicted_within_a_few_percent() -> None:
     assert 0.01 < model.error < 0.3
 
 
+def test_what_rows_add_to_a_large_step_is_without_what_every_step_costs() -> None:
+    model, rng = StepTime(), random.Random(0)
+    for _ in range(400):
+        load = Load()
+        for _ in range(rng.randrange(1, 60)):
+            load = load.plus(rng.randrange(1000), 1)
+        model.observe(load, 8e-3 + 2e-3 * load.few / 16 + 2e-4 * load.tokens + 3e-7 * load.decode_context)
+    assert model.added(Load().plus(499, 1)) == pytest.approx(2e-4 + 3e-7 * 500, rel=0.05)
+    large = Load(tokens=40, few=16, decode_context=20_000)
+    assert model.added(large.plus(499, 1)) - model.added(large) == pytest.approx(model.added(Load().plus(499, 1)))
+    assert model.added(Load()) == 0
+
+
 def test_what_was_learned_outlives_the_process(tmp_path) -> None:
     model = StepTime()
     for tokens in range(1, 60):
