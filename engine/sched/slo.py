@@ -21,6 +21,7 @@ from engine.sched.plan import PlanRow
 from engine.types import Tenant, TokenOut
 
 _LEAST, _MOST = 1 / 32, 16.0  # of the scale
+_BEGIN = 0.5  # with nothing known of this target: it takes some requests to see a violation
 _SUSPECT = 3  # requests that are enough to see a violation
 _FRESH = 8  # requests that must be known before it grows
 _RECENT, _SUDDEN = 8, 4.0  # requests that tell of a sudden change, and the violation that they see then
@@ -54,7 +55,7 @@ class SloControl:
 
     def __init__(self, metric: str = "mean-tpot", *, seconds: float | None = None, increase: float = 0.05) -> None:
         self.kind, self.what = metric.split("-")
-        self.scale = 1.0
+        self.scale = _BEGIN
         self._seconds = seconds
         self._increase = max(increase, 1e-6)
         self._seen: deque[_Seen] = deque(maxlen=_REMEMBERED[self.kind])
@@ -62,7 +63,7 @@ class SloControl:
     def observe(self, real: float, alone: float, delayed: bool = True) -> None:
         """One more request: what it took, and what it would have taken alone, in seconds. `delayed`: it met offline work; one
         that did not says nothing in favour of a higher budget."""
-        if not delayed and self.scale >= 1:
+        if not delayed and self.scale >= _BEGIN:
             return
         self._seen.append(_Seen(real, alone, self.scale))
         if len(self._seen) < _SUSPECT:
@@ -75,7 +76,7 @@ class SloControl:
             while self.scale > lowest and self._used(self.scale) > _AIM:
                 self.scale = max(lowest, self.scale * _DOWN)
         elif len(self._seen) >= _FRESH:
-            higher = min(_MOST if delayed else 1.0, self.scale * _UP)
+            higher = min(_MOST if delayed else _BEGIN, self.scale * _UP)
             if higher > self.scale and self._used(higher) <= _AIM:
                 self.scale = higher
 
@@ -119,7 +120,7 @@ class SloControl:
 
     def load(self, path: Path) -> None:
         """Go on from what an earlier run found for this target, if there is such a file and it fits."""
-        self.scale = min(_MOST, max(_LEAST, _saved(path).get(self._target, 1.0)))
+        self.scale = min(_MOST, max(_LEAST, _saved(path).get(self._target, _BEGIN)))
 
 
 def _saved(path: Path) -> dict[str, float]:

@@ -76,12 +76,12 @@ def test_requests_that_met_no_offline_work_do_not_raise_the_budget() -> None:
     control = SloControl("mean-tpot", increase=0.05)
     for _ in range(200):
         control.observe(0.01, 0.01, delayed=False)
-    assert control.scale == 1.0
+    assert control.scale == 0.5
     run_plant(control, 0.5, 0.0, 50)
     low = control.scale
     for _ in range(200):
         control.observe(0.01, 0.01, delayed=False)
-    assert low < control.scale <= 1.0, "but one that lets nobody ride would never be questioned"
+    assert low < control.scale <= 0.5, "but one that lets nobody ride would never be questioned"
 
 
 def test_a_percentile_is_that_of_all_remembered_requests_not_of_those_since_the_last_change() -> None:
@@ -107,14 +107,14 @@ def test_the_scale_that_was_found_is_kept_for_the_next_start(tmp_path: Path) -> 
     assert again.scale == found.scale < 0.5
     for stranger in (SloControl("mean-tpot", increase=0.1), SloControl("mean-tpot", seconds=0.05)):
         stranger.load(path)
-        assert stranger.scale == 1.0, "another target"
+        assert stranger.scale == 0.5, "another target"
     for text in ("", "[]", '{"version": 1}', '{"version": 1, "scales": {"mean-tpot +0.05": "?"}}'):
         path.write_text(text)
         again.load(path)
-        assert again.scale == 1.0
+        assert again.scale == 0.5
     again.save(path)
     again.load(path)
-    assert again.scale == 1.0
+    assert again.scale == 0.5
 
 
 @pytest.mark.parametrize("metric", ["mean-ttft", "mean-tpot"])
