@@ -33,6 +33,7 @@ TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METRICS = ("mean-ttft", "p99-ttft", "mean-tpot", "p99-tpot")
 ALONE = "online only"
 PRIORITY, BUDGET, LAYERS, COPIES = "priority", "+ budget", "+ layer preemption", "+ host copies"
+NOBODY_RIDES = "layer preemption, nobody rides"
 
 
 # -- tables
@@ -107,9 +108,10 @@ def ablation(rig: Rig) -> Iterator[list[str]]:
         **capped,
         BUDGET: step | {"layers": False},
         COPIES: step | {"copies": True},
+        NOBODY_RIDES: {"sharing": "exclusive"},
     }
     arms = {name: options for name, options in arms.items() if not args.arms or name in args.arms}
-    shown = (ALONE, PRIORITY, *capped, BUDGET, LAYERS, COPIES)
+    shown = (ALONE, PRIORITY, *capped, BUDGET, LAYERS, COPIES, NOBODY_RIDES)
     lines = ["## What each part adds", "", f"Tolerance {args.tolerance:.0%}.", ""]
     for trace, load in _cases(args):
         part: list[str] = []
