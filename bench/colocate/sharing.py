@@ -45,7 +45,8 @@ def pooled(windows: Sequence[Window]) -> dict[str, float]:
     values: dict[str, float] = {}
     for what in ("ttft", "tpot", "wall_ttft", "wall_tpot"):
         took = [value for window in windows for value in getattr(window, what).values()]
-        clock, name = ("wall-", what[5:]) if what.startswith("wall_") else ("", what)
+        name = what.removeprefix("wall_")
+        clock = what.removesuffix(name).replace("_", "-")
         values[f"{clock}mean-{name}"] = 1e3 * statistics.fmean(took) if took else math.nan
         values[f"{clock}p99-{name}"] = 1e3 * quantile(took, 0.99)
     return {

@@ -1,7 +1,7 @@
 """SteadyClock: the time that would have passed on a machine whose pace never changes.
 
-Neighbours on shared hardware make equal steps take 14 ms now and 19 a few seconds later, far more than what most measurements
-of sharing are about. So each step counts as long as a model of step times says that stays as it was calibrated; what lies
+Neighbours on shared hardware make equal steps take a third longer within seconds, far more than what most measurements of
+sharing are about. So each step counts as long as a model of step times says that stays as it was calibrated; what lies
 between steps counts as it is. Traffic comes by this clock too, so that a slow spell is no higher load.
 """
 
@@ -26,7 +26,7 @@ class SteadyClock:
         """`model` is not learned from any more."""
         self._model, self._num_layers, self._busy, self._now = model, num_layers, busy, now
         self._times, self._readings = [now()], [0.0]
-        self._last = (self._times[0], 0.0)
+        self._last = (self._times[0], 0.0)  # the ends of both, in one piece for other threads
         self._pace = 1.0  # readings per second in recent steps
         self._stopped: dict[int, int] = {}  # the layer before which a pass was stopped, by its step
 
